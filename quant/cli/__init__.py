@@ -1,0 +1,119 @@
+"""The command line: parse, call the library, print. No numerics and no format knowledge here.
+
+Commands are imported only when they are used or listed, and import the library only when they
+run, so that help answers at once.
+"""
+
+import importlib
+import os
+import sys
+
+import click
+
+from quant import __version__
+from quant.display import printable
+from quant.errors import QwqQuantError
+
+COMMANDS = {
+    "to-gguf": "quant.cli.to_gguf",
+    "inspect": "quant.cli.inspect",
+}
+
+EPILOG = """Exit codes: 0 done, 2 wrong usage, 65 bad input, 66 input missing, 69 library, hub or
+memory unavailable, 70 internal error, 73 output cannot be created, 74 disk full or I/O error,
+77 no permission, 78 bad recipe or override, 130 interrupted."""
+
+
+class _Commands(click.Group):
+    """The commands of COMMANDS, each imported when it is first asked for."""
+
+    def main(self, *args, standalone_mode=True, **kwargs):
+        """Run a command; every failure becomes a message on stderr and an exit code."""
+        try:
+            code = _exit_code(
+                lambda: super(_Commands, self).main(*args, standalone_mode=False, **kwargs)
+            )
+        except BrokenPipeError:  # `| head` closed our output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        sys.exit(code)
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(COMMANDS[name]).command
+
+    def resolve_command(self, ctx, args):
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = _nearest(args[0], COMMANDS)
+            if near:
+                error.message += f" Did you mean {near!r}?"
+            raise
+
+
+def _nearest(word: str, words) -> str | None:
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, words, 1)), None)
+
+
+def _exit_code(run) -> int:
+    """Call `run`; its exit code. Errors are printed, or raised again under --debug."""
+    try:
+        result = run()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. Nothing was left half-written.", err=True)
+        return 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        message, code = _explain(error)
+        click.echo(f"Error: {message}", err=True)
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    if isinstance(error, QwqQuantError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return "The machine has not enough memory for this.", 69
+    return (
+        f"Something went wrong inside qwq-quant ({type(error).__name__}: {printable(error)}).\n"
+        "This is a fault of the program, not yours.\n"
+        "Run the command again with --debug and report what it prints."
+    ), QwqQuantError.exit_code
+
+
+@click.command(
+    cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, prog_name="qwq-quant")
+def cli():
+    """Turn an open-weight model into something smaller, and know what was lost.
+
+    MODEL is a folder with a Hugging Face checkpoint, a repository on the hub (org/name or
+    org/name@revision), or a .gguf file.
+
+    \b
+    Example:
+      qwq-quant to-gguf examples/tiny-qwq -o tiny-qwq-Q8_0.gguf --type Q8_0
+    """
+
+
+def main() -> None:
+    """The console script."""
+    cli.main()

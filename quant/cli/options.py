@@ -1,0 +1,73 @@
+"""Options that several commands share, each defined once."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import click
+
+from quant.display import parse_size, printable
+
+
+class Size(click.ParamType):
+    """Bytes: 5GB, 500M, 4GiB."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Name(click.ParamType):
+    """One of a list of names, in any case; a wrong one is answered with the nearest."""
+
+    def __init__(self, names: tuple[str, ...], kind: str):
+        self.names, self.name = names, kind
+
+    def get_metavar(self, param, ctx=None):
+        return self.name.upper()
+
+    def convert(self, value, param, ctx):
+        name = value.upper()
+        if name not in self.names:
+            near = get_close_matches(name, self.names, 1)
+            guess = f" Did you mean {near[0]}?" if near else ""
+            message = f"{printable(value)} is no {self.name}.{guess}"
+            self.fail(f"{message} There are: {' '.join(self.names)}.", param, ctx)
+        return name
+
+
+def model_options(command):
+    """How MODEL is found: --revision --token --cache-dir --offline."""
+    for option in reversed(
+        (
+            click.option("--revision", help="Branch, tag or commit of a hub repository."),
+            click.option("--token", envvar="HF_TOKEN", help="Access token; never printed."),
+            click.option(
+                "--cache-dir",
+                type=click.Path(file_okay=False, path_type=Path),
+                help="The hub's cache, if not the usual one.",
+            ),
+            click.option("--offline", is_flag=True, help="Use only what is in the cache."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+output_format = click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["human", "json"]),
+    default="human",
+    show_default=True,
+    help="json prints one JSON document on stdout.",
+)
+
+dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+
+force = click.option("--force", is_flag=True, help="Replace an output that exists.")
+
+debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")

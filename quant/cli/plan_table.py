@@ -1,0 +1,51 @@
+"""The plan of a GGUF file as a table that fits 80 columns."""
+
+import sys
+
+import click
+
+from quant.display import human_bytes, printable
+
+
+def print_plan(job, needs) -> None:
+    """Tensors folded to classes, totals, needs, notes; on stdout."""
+    rows = [("tensor", "n", "from", "to", "size", "why")]
+    for c in job.plan.classes():
+        rows.append(
+            (
+                printable(c.name, 34),
+                str(c.n_tensors),
+                c.source_type,
+                c.format,
+                human_bytes(c.nbytes),
+                c.rule,
+            )
+        )
+    print_columns(rows, right=(1, 4))
+    plan = job.plan
+    files = f" in {len(plan.files)} files" if len(plan.files) > 1 else ""
+    click.echo(
+        f"\n{len(plan.assignments)} tensors, {plan.n_weights / 1e6:.1f} million weights: "
+        f"{human_bytes(plan.nbytes)}{files}, {plan.bits_per_weight:.2f} bits per weight"
+    )
+    click.echo(f"Disk:   {_against(needs.disk, needs.disk_free)}")
+    click.echo(f"Memory: {_against(needs.memory, needs.memory_free)}")
+    for note in job.notes:
+        click.echo(f"Note:   {note}")
+    sys.stdout.flush()
+
+
+def print_columns(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    """Rows aligned in columns, the first one a heading; `right` are aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        click.echo("  ".join(cells).rstrip())
+
+
+def _against(needed: int, free: int) -> str:
+    verdict = "" if needed <= free else f"  DOES NOT FIT, {human_bytes(needed - free)} too little"
+    return f"needs {human_bytes(needed)}, {human_bytes(free)} free{verdict}"

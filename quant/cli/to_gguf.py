@@ -1,0 +1,161 @@
+"""qwq-quant to-gguf: a checkpoint or a GGUF file to a GGUF file."""
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from quant.cli import options
+
+# The names of quant.mixtures.MIXTURES, written out so that --help need not import numpy;
+# a test holds the two against each other.
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+NAN_POLICIES = ("refuse", "keep-16bit", "zero")
+
+
+@click.command("to-gguf")
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write, or a folder: then the file is named after model and type.",
+)
+@click.option(
+    "-t",
+    "--type",
+    "type_name",
+    type=options.Name(TYPES, "type"),
+    help=f"Type of the weights: {' '.join(TYPES)}. [default: Q8_0; for a .gguf MODEL: as they are]",
+)
+@click.option("--name", help="general.name of the model. [default: the folder's name]")
+@click.option(
+    "--override",
+    "overrides",
+    metavar="KEY=TYPE:VALUE",
+    multiple=True,
+    help="Set a metadata key, for example qwen2.context_length=u32:65536 or "
+    "general.tags=arr[str]:'[\"a\"]'. Types: u8 i8 u16 i16 u32 i32 u64 i64 f32 f64 bool str "
+    "arr[...]. Repeatable.",
+)
+@click.option("--force-override", is_flag=True, help="Set unknown keys and other types too.")
+@click.option(
+    "--rope-scaling",
+    type=click.Choice(["none", "linear", "yarn"]),
+    help="Scale positions for longer contexts.",
+)
+@click.option("--rope-factor", type=float, help="How many times longer.")
+@click.option("--rope-original-context", type=int, help="The context length in training.")
+@click.option("--rope-theta", type=float, help="Base of the rotary frequencies.")
+@click.option("--rms-eps", type=float, help="Epsilon of the RMS norms.")
+@click.option("--context-length", type=int, help="Longest context the file promises.")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    help="Jinja file that replaces the default chat template.",
+)
+@click.option(
+    "--sampling",
+    metavar="PROFILE|FILE|none",
+    help="Sampling settings to store: qwen-official, unsloth-verbatim, unsloth-with-penalties, "
+    "a TOML file, or none. [default: from generation_config.json]",
+)
+@click.option("--pre-tokenizer", help="tokenizer.ggml.pre, where its rules are not recognised.")
+@click.option("--split-max-size", type=options.Size(), help="Largest file, for example 4GB.")
+@click.option(
+    "--nan-policy",
+    type=click.Choice(NAN_POLICIES),
+    default="refuse",
+    show_default=True,
+    help="What to do with NaN or infinite weights.",
+)
+@options.dry_run
+@options.force
+@options.output_format
+@options.model_options
+@options.debug
+def command(
+    model, output, output_format, dry_run, force, nan_policy, split_max_size,
+    revision, token, cache_dir, offline, type_name, **wishes,
+):  # fmt: skip
+    """Write MODEL as a GGUF file, for llama.cpp, Ollama and LM Studio.
+
+    One pass straight from safetensors, a few megabytes of weights in memory at a time. A .gguf
+    MODEL is copied with changed metadata, split, or merged (name the first file of a split one).
+    The file appears whole and verified, or not at all; qwq-quant.json beside it says what was
+    written from what.
+
+    \b
+    Examples:
+      qwq-quant to-gguf examples/tiny-qwq -o tiny-qwq-Q8_0.gguf --type Q8_0
+      qwq-quant to-gguf Qwen/QwQ-32B -o . --split-max-size 20GB --dry-run
+      qwq-quant to-gguf examples/tiny-qwq -o long.gguf --rope-scaling yarn \\
+          --rope-factor 4 --rope-original-context 2048
+    """
+    from quant.source import open_source
+    from quant.to_gguf import Wishes, plan_gguf
+
+    source = open_source(
+        model, revision=revision, token=token, cache_dir=cache_dir, offline=offline
+    )
+    job = plan_gguf(source, Wishes(type_name, max_file_nbytes=split_max_size, **wishes))
+    if dry_run:
+        return _print_plan(job, output, output_format)
+    return _write(job, output, force, nan_policy, output_format)
+
+
+def _print_plan(job, output: Path, output_format: str) -> int:
+    """Print the plan; the exit code says whether it fits."""
+    from quant.cli.plan_table import print_plan
+    from quant.preflight import measure_needs
+    from quant.to_gguf import describe_json, output_path
+
+    needs = measure_needs(job.plan, job.metadata, output_path(job, output).parent)
+    if output_format == "json":
+        click.echo(describe_json(job, needs))
+    else:
+        print_plan(job, needs)
+    return needs.exit_code
+
+
+def _write(job, output: Path, force: bool, nan_policy: str, output_format: str) -> None:
+    from quant.cli.progress import BytesProgress
+    from quant.display import printable
+    from quant.preflight import measure_needs, require
+    from quant.to_gguf import output_path, result_summary, write_gguf
+
+    path = output_path(job, output)
+    require(measure_needs(job.plan, job.metadata, path.parent), path.parent)
+    for note in job.notes:
+        click.echo(f"Note: {note}", err=True)
+    started = time.monotonic()
+    plan = job.plan
+    with BytesProgress("Writing", plan.nbytes) as bar:
+        result = write_gguf(
+            job,
+            path,
+            force=force,
+            nan_policy=nan_policy,
+            progress=lambda n: bar.advance(n * plan.nbytes // plan.n_weights),
+            verifying=lambda: bar.message("Reading it back"),
+        )
+    for change in result.changes:
+        click.echo(f"Note: {printable(change.name)}: {change.why}.", err=True)
+    if output_format == "json":
+        click.echo(json.dumps(result_summary(job, result), indent=1))
+    else:
+        _print_result(job, result, time.monotonic() - started)
+
+
+def _print_result(job, result, seconds: float) -> None:
+    from quant.display import human_bytes, printable
+
+    for file in result.files:
+        click.echo(f"{printable(file.path)}  {human_bytes(file.nbytes)}  sha256 {file.sha256[:16]}")
+    plan = job.plan
+    click.echo(
+        f"{len(plan.assignments)} tensors, {plan.n_weights / 1e6:.1f} million weights, "
+        f"{plan.bits_per_weight:.2f} bits per weight; written and verified in {seconds:.1f} s."
+    )

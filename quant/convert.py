@@ -1,0 +1,198 @@
+"""The loop: read rows, encode them, write them. It decides nothing; the plan has.
+
+Rows of all tensors flow through one queue, read and encoded by one thread a core (numpy, numba and
+the kernel release the interpreter) and written in order by this thread. A few megabytes a thread
+are in memory, whatever the size of the model; the bytes do not depend on the number of threads.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from quant.assembly import Assembly
+from quant.display import printable
+from quant.errors import BadInput
+from quant.finite import count_nonfinite, zero_nonfinite
+from quant.formats import FORMATS, Float16Overflow
+from quant.plan import Assignment
+from quant.sinks.gguf import GgufSink
+from quant.tensors import WEIGHT_DTYPES, TensorReader, to_float32
+
+WEIGHTS_AT_ONCE = 1 << 20
+"""Weights in one piece of work: 4 MB as float32, so that a core's cache holds most of it."""
+
+NAN_POLICIES = ("refuse", "keep-16bit", "zero")
+
+HOLD_NONFINITE = ("F32", "BF16")
+"""Formats in which a NaN or an infinity harms nothing but itself."""
+
+Progress = Callable[[int], None]
+"""Called with the number of weights that were just written."""
+
+
+class NonFinite(ValueError):
+    """Rows hold NaN or infinite weights."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the weights themselves forced upon the plan; reported, never silent."""
+
+    name: str
+    format: str
+    why: str
+
+
+def worker_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def convert(
+    assignments: tuple[Assignment, ...],
+    sink: GgufSink,
+    reader: TensorReader,
+    *,
+    nan_policy: str = "refuse",
+    progress: Progress = lambda n_weights: None,
+) -> list[Change]:
+    """Encode and write every assignment, in order. Returns what the weights made us change.
+
+    Raises BadInput for NaN or infinite weights under the policy "refuse".
+    """
+    changes: list[Change] = []
+    with ThreadPoolExecutor(worker_count()) as pool:
+        queue = _work_ahead(pool, assignments, reader, nan_policy)
+        try:
+            for assignment in assignments:
+                changes += _write_tensor(assignment, queue, sink, reader, nan_policy, progress)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return changes
+
+
+def _work_ahead(
+    pool: ThreadPoolExecutor,
+    assignments: tuple[Assignment, ...],
+    reader: TensorReader,
+    nan_policy: str,
+) -> Iterator[Future]:
+    """Results of encode_rows for every range of every tensor, in order, a few ahead of use."""
+    ahead: deque[Future] = deque()
+    for assignment in assignments:
+        for start, stop in assignment.source.row_ranges(WEIGHTS_AT_ONCE):
+            ahead.append(pool.submit(encode_rows, assignment, reader, start, stop, nan_policy))
+            if len(ahead) > 2 * worker_count():
+                yield ahead.popleft()
+    yield from ahead
+
+
+def encode_rows(
+    assignment: Assignment, reader: TensorReader, start: int, stop: int, nan_policy: str
+) -> tuple[np.ndarray, int]:
+    """Rows [start, stop) in the assignment's format (uint8), and how many weights were zeroed.
+
+    Raises NonFinite or Float16Overflow if the format cannot hold them.
+    """
+    source, format = assignment.source, assignment.format
+    if source.dtype not in WEIGHT_DTYPES:  # a GGUF type, copied as it is
+        return _copy_rows(assignment, reader, start, stop), 0
+    if source.needs_scaling:
+        rows, dtype = source.read_float32(reader, start, stop), "F32"
+    else:
+        rows, dtype = source.read_stored(reader, start, stop), source.dtype
+    n_zeroed = 0
+    if count_nonfinite(rows, dtype):
+        if nan_policy == "zero":
+            n_zeroed = zero_nonfinite(rows, dtype)
+        elif nan_policy == "refuse" or format.name not in HOLD_NONFINITE:
+            raise NonFinite
+    if dtype == format.name:
+        return rows.view(np.uint8), n_zeroed
+    return format.encode(to_float32(rows, dtype))[""], n_zeroed
+
+
+def _copy_rows(assignment: Assignment, reader: TensorReader, start: int, stop: int) -> np.ndarray:
+    row_nbytes = assignment.format.row_nbytes(assignment.source.n_columns)
+    (piece,) = assignment.source.pieces
+    return reader.read_bytes(piece.info, start * row_nbytes, (stop - start) * row_nbytes)
+
+
+def _write_tensor(
+    assignment: Assignment,
+    queue: Iterator[Future],
+    sink: GgufSink,
+    reader: TensorReader,
+    nan_policy: str,
+    progress: Progress,
+) -> list[Change]:
+    """Write one tensor from its part of the queue; once more as BF16 if the format fails it."""
+    source, problem, n_zeroed = assignment.source, None, 0
+    sink.begin(source.name, source.shape, assignment.format.name)
+    for start, stop in source.row_ranges(WEIGHTS_AT_ONCE):
+        result = next(queue)
+        if problem is not None:
+            continue  # these rows are written again below
+        try:
+            encoded, zeroed = result.result()
+        except (NonFinite, Float16Overflow) as error:
+            problem = error
+            continue
+        sink.append(encoded)
+        n_zeroed += zeroed
+        progress((stop - start) * source.n_columns)
+    if problem is not None:
+        return [_write_as_bf16(assignment, problem, sink, reader, nan_policy, progress)]
+    sink.end()
+    if n_zeroed:
+        why = f"{n_zeroed} NaN or infinite weights were set to zero"
+        return [Change(source.name, assignment.format.name, why)]
+    return []
+
+
+def _write_as_bf16(
+    assignment: Assignment,
+    problem: Exception,
+    sink: GgufSink,
+    reader: TensorReader,
+    nan_policy: str,
+    progress: Progress,
+) -> Change:
+    """Write a tensor that its format cannot hold as BF16, which has float32's range."""
+    source = assignment.source
+    if isinstance(problem, NonFinite) and nan_policy == "refuse":
+        raise _refusal(source, reader)
+    kept = replace(assignment, format=FORMATS["BF16"])
+    sink.begin(source.name, source.shape, "BF16")
+    for start, stop in source.row_ranges(WEIGHTS_AT_ONCE):
+        encoded, _ = encode_rows(kept, reader, start, stop, nan_policy)
+        sink.append(encoded)
+        progress((stop - start) * source.n_columns)
+    sink.end()
+    if isinstance(problem, NonFinite):
+        why = "it holds NaN or infinite weights"
+    else:
+        why = f"its values are beyond the float16 range that {assignment.format.name} needs"
+    return Change(source.name, "BF16", f"kept in 16 bits: {why}")
+
+
+def _refusal(source: Assembly, reader: TensorReader) -> BadInput:
+    """Count the bad weights of the whole tensor, so that the message is worth something."""
+    n_bad, first = 0, None
+    for start, stop in source.row_ranges(WEIGHTS_AT_ONCE):
+        rows = source.read_float32(reader, start, stop)
+        bad = ~np.isfinite(rows)
+        if first is None and bad.any():
+            row, column = np.argwhere(bad)[0]
+            first = (start + int(row), int(column))
+        n_bad += int(bad.sum())
+    return BadInput(
+        f"{printable(source.source_name)} has {n_bad} NaN or infinite weights of "
+        f"{source.n_weights}, the first at row {first[0]}, column {first[1]}.",
+        "One such weight would spoil the 32 to 256 weights of its block.",
+        "Go on with --nan-policy keep-16bit (that tensor stays in 16 bits) or --nan-policy zero.",
+    )

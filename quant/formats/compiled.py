@@ -1,0 +1,42 @@
+"""How kernels are compiled: for this processor, at the first call, then kept on disk.
+
+numba's cache looks at one source file: edit a helper that a kernel imports, and the kernel's old
+machine code is loaded again, wrong bytes and all. Here the whole folder's sources are the key.
+"""
+
+import hashlib
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from numba import njit
+from numba.core.caching import FunctionCache
+
+
+@lru_cache(maxsize=1)
+def sources_digest() -> str:
+    """A hash over every Python file of this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+class _FolderCache(FunctionCache):
+    """numba's cache of one function, out of date as soon as any file of the folder has changed."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self._cache_file._source_stamp = sources_digest()
+
+
+def kernel(function):
+    """A function that Python calls: releases the interpreter lock, float arithmetic as written.
+
+    Where no cache folder can be written (neither __pycache__ nor the user's, nor
+    NUMBA_CACHE_DIR), it is compiled anew in every process.
+    """
+    compiled = njit(nogil=True, fastmath=False, error_model="numpy")(function)
+    with suppress(RuntimeError):  # "cannot cache function: no locator available"
+        compiled._cache = _FolderCache(function)
+    return compiled

@@ -1,0 +1,50 @@
+"""llama.cpp's first quantized types: 32 weights share one float16 scale d.
+
+Q4_0, Q5_0 and Q8_0 store w ~ d * q with q of either sign; Q4_1 and Q5_1 store w ~ d * q + m with
+q >= 0, half a bit dearer and better where weights lie to one side of zero. Without an importance
+matrix the encoders are one division and one rounding, ten or more times as fast as a K type's
+search; at equal size a K type is more exact, because its scales are stored in six bits.
+
+Bytes are those of llama.cpp's library on x86-64.
+# ref: ggml/src/ggml-common.h (layouts) and ggml-quants.c (roundings) of llama.cpp
+"""
+
+import numpy as np
+
+from quant.formats.format import (
+    Encoded,
+    Float16Overflow,
+    Format,
+    check_arguments,
+    gguf_decoder,
+)
+
+BLOCK = 32
+
+
+def _format(name: str, ggml_type: int, block_nbytes: int) -> Format:
+    def encode(w: np.ndarray, importance: np.ndarray | None = None) -> Encoded:
+        from quant.formats import legacy_kernels  # numba: 0.15 s, which --help need not pay
+
+        check_arguments(w, importance)
+        rows = np.empty((w.shape[0], this.row_nbytes(w.shape[1])), np.uint8)
+        flat, out = w.reshape(-1), rows.reshape(-1)
+        if importance is None or name not in legacy_kernels.WEIGHTED:
+            finite = legacy_kernels.PLAIN[name](flat, out)
+        else:
+            finite = legacy_kernels.WEIGHTED[name](flat, np.ascontiguousarray(importance), out)
+        if not finite:
+            raise Float16Overflow(f"{name}: a block's scale or minimum is beyond float16's 65504")
+        return {"": rows}
+
+    this = Format(name, ggml_type, BLOCK, block_nbytes, encode, gguf_decoder(ggml_type))
+    return this
+
+
+LEGACY_QUANTS = (
+    _format("Q4_0", 2, 2 + 16),  # d, qs
+    _format("Q4_1", 3, 2 + 2 + 16),  # d, m, qs
+    _format("Q5_0", 6, 2 + 4 + 16),  # d, qh, qs
+    _format("Q5_1", 7, 2 + 2 + 4 + 16),  # d, m, qh, qs
+    _format("Q8_0", 8, 2 + 32),  # d, qs
+)

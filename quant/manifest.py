@@ -1,0 +1,74 @@
+"""qwq-quant.json: what was written, from what, by which version, with hashes to check it by.
+
+One manifest stands in a folder and has an entry for each output there, since a publisher writes
+many sizes of a model side by side. It is written last: an output without an entry is not finished.
+"""
+
+import json
+import platform
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from quant import __version__
+from quant.durable import locked_folder, translated_errors, write_whole
+
+NAME = "qwq-quant.json"
+LIBRARIES = ("numpy", "numba", "gguf", "safetensors", "transformers", "torch")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An input file, identified well enough to notice that it changed."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "SourceFile":
+        status = path.stat()
+        return cls(path.name, status.st_size, status.st_mtime_ns)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what can change the result, without importing any of it."""
+    return {name: metadata.version(name) for name in LIBRARIES if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a folder; an empty one if there is none or it cannot be read."""
+    try:
+        content = json.loads((folder / NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {"outputs": {}}
+    return content if isinstance(content.get("outputs"), dict) else {"outputs": {}}
+
+
+def add_entry(folder: Path, output_name: str, entry: dict) -> None:
+    """Add or replace one output's entry, keeping the others."""
+    with translated_errors(folder / NAME), locked_folder(folder):
+        outputs = {**read_manifest(folder)["outputs"], output_name: entry}
+        content = {"qwq_quant": __version__, "outputs": outputs}
+        text = json.dumps(content, indent=1, ensure_ascii=True) + "\n"
+        write_whole(folder / NAME, text.encode())
+
+
+def environment() -> dict:
+    """Who wrote it: versions, machine and time."""
+    return {
+        "qwq_quant": __version__,
+        "python": platform.python_version(),
+        "libraries": library_versions(),
+        "platform": platform.platform(terse=True),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,108 @@
+"""What each tensor becomes: arithmetic on headers, printable before any work is done."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from quant.assembly import Assembly
+from quant.formats.format import Format
+from quant.gguf_file import DEFAULT_ALIGNMENT, padded
+
+_LAYER = re.compile(r"\bblk\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One tensor to write: what it is made of, in which format, and why."""
+
+    source: Assembly
+    format: Format
+    rule: str  # why this format, in words
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.format.nbytes(self.source.shape)
+
+
+@dataclass(frozen=True)
+class TensorClass:
+    """Tensors of one kind and format, folded for display: blk.*.ffn_down.weight as Q8_0."""
+
+    name: str
+    source_type: str
+    format: str
+    rule: str
+    n_tensors: int
+    n_weights: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All assignments, in the order they are written, cut into output files."""
+
+    assignments: tuple[Assignment, ...]
+    max_file_nbytes: int | None = None  # --split-max-size
+    alignment: int = DEFAULT_ALIGNMENT
+    files: tuple[tuple[Assignment, ...], ...] = field(init=False)
+
+    def __post_init__(self):
+        files = _split(self.assignments, self.max_file_nbytes, self.alignment)
+        object.__setattr__(self, "files", files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, padding not counted."""
+        return sum(a.nbytes for a in self.assignments)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(a.source.n_weights for a in self.assignments)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_weights
+
+    @property
+    def largest_tensor_nbytes(self) -> int:
+        return max(a.nbytes for a in self.assignments)
+
+    def classes(self) -> list[TensorClass]:
+        """The assignments folded over layers, in order of first appearance."""
+        folded: dict[tuple[str, ...], list[Assignment]] = {}
+        for a in self.assignments:
+            key = (_LAYER.sub("blk.*.", a.name), a.source.dtype, a.format.name, a.rule)
+            folded.setdefault(key, []).append(a)
+        return [
+            TensorClass(
+                *key,
+                n_tensors=len(group),
+                n_weights=sum(a.source.n_weights for a in group),
+                nbytes=sum(a.nbytes for a in group),
+            )
+            for key, group in folded.items()
+        ]
+
+
+def _split(
+    assignments: Iterable[Assignment], limit: int | None, alignment: int
+) -> tuple[tuple[Assignment, ...], ...]:
+    """Consecutive groups of at most `limit` bytes; a larger tensor gets a file of its own."""
+    files: list[list[Assignment]] = [[]]
+    size = 0
+    for a in assignments:
+        nbytes = padded(a.nbytes, alignment)
+        if limit is not None and files[-1] and size + nbytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(a)
+        size += nbytes
+    return tuple(map(tuple, files))

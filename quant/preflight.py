@@ -1,0 +1,97 @@
+"""What a run will need against what there is, known before the first byte is written."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from quant.convert import WEIGHTS_AT_ONCE, worker_count
+from quant.display import human_bytes, printable
+from quant.errors import CannotCreate, OutputFailed, Unavailable
+from quant.gguf_file import Metadata, encode_metadata, padded
+from quant.plan import Plan
+
+BASE_NBYTES = 200 << 20
+"""Python, numpy, numba's compiler and the tokenizer's tables, measured generously."""
+
+NBYTES_A_WEIGHT = 24
+"""Stored, float32, scratch and encoded copies of a weight while it is being worked on."""
+
+TENSOR_ENTRY_NBYTES = 128
+"""A tensor's entry in the header, at most."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes needed and there, for one run."""
+
+    disk: int
+    disk_free: int
+    memory: int
+    memory_free: int
+
+    @property
+    def fits(self) -> bool:
+        return self.disk <= self.disk_free and self.memory <= self.memory_free
+
+    @property
+    def exit_code(self) -> int:
+        """0 if it fits, else the code `require` would fail with."""
+        if self.disk > self.disk_free:
+            return OutputFailed.exit_code
+        return Unavailable.exit_code if self.memory > self.memory_free else 0
+
+
+def measure_needs(plan: Plan, metadata: Metadata, folder: Path) -> Needs:
+    """What writing `plan` into `folder` needs. Raises CannotCreate if there is no such folder."""
+    if not folder.is_dir():
+        raise CannotCreate(
+            f"There is no folder {printable(folder)} to write into.",
+            "",
+            f"Make it first: mkdir -p {printable(folder)}",
+        )
+    status = os.statvfs(folder)
+    widest = max(a.source.n_columns for a in plan.assignments)
+    at_once = max(WEIGHTS_AT_ONCE, widest) * (3 * worker_count() + 1)
+    return Needs(
+        disk=sum(padded(a.nbytes, plan.alignment) for a in plan.assignments)
+        + len(encode_metadata(metadata))
+        + TENSOR_ENTRY_NBYTES * len(plan.assignments)
+        + (1 << 20),  # the manifest, and what the file system itself takes
+        disk_free=status.f_bavail * status.f_frsize,
+        memory=BASE_NBYTES + at_once * NBYTES_A_WEIGHT // 3,
+        memory_free=available_memory(),
+    )
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's, or less if a cgroup allows less."""
+    free = psutil.virtual_memory().available
+    limit, used = (_read_int(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    return free if limit is None or used is None else min(free, max(0, limit - used))
+
+
+def _read_int(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return None
+
+
+def require(needs: Needs, folder: Path) -> None:
+    """Refuse a run that cannot fit. Raises OutputFailed (disk) or Unavailable (memory)."""
+    if needs.disk > needs.disk_free:
+        raise OutputFailed(
+            f"The output needs {human_bytes(needs.disk)}, but {printable(folder)} has only "
+            f"{human_bytes(needs.disk_free)} free: {human_bytes(needs.disk - needs.disk_free)} "
+            "too little.",
+            "Nothing was written.",
+            "Free some space, choose a smaller --type, or another folder with -o.",
+        )
+    if needs.memory > needs.memory_free:
+        raise Unavailable(
+            f"The run needs about {human_bytes(needs.memory)} of memory, and only "
+            f"{human_bytes(needs.memory_free)} are free.",
+            "Nothing was written.",
+        )

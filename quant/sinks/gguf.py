@@ -1,0 +1,189 @@
+"""Writes GGUF files, one tensor after the other, and proves what it wrote.
+
+The header comes last: its length is known from the plan, so its place is kept free, and a tensor
+may still change its type while it is being encoded (a value too large for float16). Nothing has
+its final name until every file was flushed, opened again, and compared with what was meant.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from quant.display import printable
+from quant.durable import PendingFile
+from quant.errors import BadInput, OutputFailed
+from quant.gguf_file import (
+    GgufFile,
+    Metadata,
+    TensorEntry,
+    Value,
+    encode_header,
+    encode_metadata,
+    padded,
+)
+
+READ_BACK_NBYTES = 8 << 20
+
+
+def split_metadata(metadata: Metadata, index: int, n_files: int, n_tensors: int) -> Metadata:
+    """The metadata of file `index`: all of it in the first, only the split keys in the others."""
+    if n_files == 1:
+        return metadata
+    split = {
+        "split.no": Value("u16", index),
+        "split.count": Value("u16", n_files),
+        "split.tensors.count": Value("i32", n_tensors),
+    }
+    return {**metadata, **split} if index == 0 else split
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor as it was handed to the disk."""
+
+    entry: TensorEntry
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A finished file, as the manifest names it."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+    tensors: tuple[WrittenTensor, ...]
+
+
+class GgufSink:
+    """Writes one GGUF file: `begin`, `append` ... for each tensor in order, then `finish`.
+
+    Nothing but `publish` gives the file its name; `discard` removes what was not published.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata, entries: list[TensorEntry], alignment: int):
+        self.path = path
+        self._metadata = metadata
+        self._encoded_metadata = encode_metadata(metadata)
+        self._alignment = alignment
+        self._data_start = len(self._header(entries))
+        self._written: list[WrittenTensor] = []
+        self._entry: TensorEntry | None = None
+        self._hash = hashlib.sha256()
+        self._at = 0  # where the next byte of tensor data goes
+        self._file = PendingFile(path)
+
+    def _header(self, entries: list[TensorEntry]) -> bytes:
+        n_keys = len(self._metadata)
+        return encode_header(self._encoded_metadata, n_keys, entries, self._alignment)
+
+    def begin(self, name: str, shape: tuple[int, ...], type_name: str) -> None:
+        """Start the next tensor; an unfinished one is dropped, so begin again to redo it."""
+        if self._entry is not None:
+            self._at = self._entry.offset
+        self._entry = TensorEntry(name, shape, type_name, self._at)
+        self._hash = hashlib.sha256()
+
+    def append(self, encoded: np.ndarray) -> None:
+        """The next bytes of the tensor begun: uint8, any shape, contiguous."""
+        self._hash.update(encoded)
+        self._file.write_at(self._data_start + self._at, encoded)
+        self._at += encoded.nbytes
+
+    def end(self) -> None:
+        """The tensor begun is complete."""
+        self._written.append(WrittenTensor(self._entry, self._hash.hexdigest()))
+        self._entry = None
+        self._at = padded(self._at, self._alignment)
+
+    def finish(self) -> WrittenFile:
+        """Write the header, flush to the disk, read everything back and compare.
+
+        Raises OutputFailed if the disk or the read-back says otherwise.
+        """
+        entries = [tensor.entry for tensor in self._written]
+        self._file.write_at(0, self._header(entries))
+        self._file.truncate(self._data_start + self._at)
+        self._file.flush()
+        written = WrittenFile(self.path, self._data_start + self._at, "", tuple(self._written))
+        sha256 = verify_written(self._file.temporary, written, self._metadata)
+        return replace(written, sha256=sha256)
+
+    def publish(self) -> None:
+        self._file.publish()
+
+    def discard(self) -> None:
+        self._file.discard()
+
+
+def verify_written(path: Path, written: WrittenFile, metadata: Metadata) -> str:
+    """Open `path` again and compare with what was meant; returns the sha256 of the whole file.
+
+    Checks the counts, every name, shape, type and place, the special token ids, and the hash of
+    every tensor's bytes. Raises OutputFailed naming what differs.
+    """
+    try:
+        again = GgufFile.open(path)
+    except BadInput as error:
+        raise OutputFailed(f"{printable(written.path)} cannot be read back.", str(error)) from error
+    if list(again.metadata) != list(metadata):
+        raise _differs(written, "its metadata keys")
+    check_special_ids(again.metadata)
+    if len(again.tensors) != len(written.tensors):
+        raise _differs(written, "the number of tensors")
+    hashes, sha256 = _hash_file(path, again)
+    for tensor, info in zip(written.tensors, again.tensors.values(), strict=True):
+        entry = tensor.entry
+        place = TensorEntry(info.name, info.shape, info.dtype, info.offset - again.data_start)
+        if place != entry:
+            raise _differs(written, f"the header of {printable(entry.name)}")
+        if hashes[entry.name] != tensor.sha256:
+            raise _differs(written, f"the bytes of {printable(entry.name)}")
+    return sha256
+
+
+def _differs(written: WrittenFile, what: str) -> OutputFailed:
+    return OutputFailed(
+        f"{printable(written.path)} was read back and {what} differ from what was written.",
+        "The disk or the memory of this machine may be failing.",
+        "Nothing was published. Run the command again, with -o on another disk.",
+    )
+
+
+def _hash_file(path: Path, gguf: GgufFile) -> tuple[dict[str, str], str]:
+    """sha256 of each tensor and of the whole file, in one pass over the disk and two threads."""
+    whole, hashes = hashlib.sha256(), {}
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as other_core:
+        whole.update(file.read(gguf.data_start))
+        at = gguf.data_start
+        for info in gguf.tensors.values():
+            whole.update(file.read(info.offset - at))  # padding
+            at, end, tensor_hash = info.offset, info.offset + info.nbytes, hashlib.sha256()
+            while at < end:
+                block = file.read(min(READ_BACK_NBYTES, end - at))
+                if not block:
+                    break
+                pending = other_core.submit(whole.update, block)
+                tensor_hash.update(block)
+                pending.result()
+                at += len(block)
+            hashes[info.name] = tensor_hash.hexdigest()
+        while block := file.read(READ_BACK_NBYTES):
+            whole.update(block)
+    return hashes, whole.hexdigest()
+
+
+def check_special_ids(metadata: Metadata) -> None:
+    """Every tokenizer.ggml.*_token_id must be below the vocabulary's size."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        return
+    for key, value in metadata.items():
+        is_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
+        if is_id and not 0 <= value.data < len(tokens.data):
+            raise OutputFailed(
+                f"{key} is {value.data}, but the vocabulary has {len(tokens.data)} tokens."
+            )

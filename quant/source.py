@@ -1,0 +1,29 @@
+"""MODEL, as the user typed it, opened: a checkpoint folder, a repository on the hub, or a GGUF."""
+
+from pathlib import Path
+
+from quant.checkpoint import Checkpoint
+from quant.gguf_file import GgufFile, open_gguf
+from quant.hub import resolve
+
+Source = Checkpoint | GgufFile
+
+
+def open_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    offline: bool = False,
+) -> Source:
+    """Find and open MODEL; headers only. Raises one of quant.errors."""
+    found = resolve(model, revision=revision, token=token, cache_dir=cache_dir, offline=offline)
+    if found.path.is_dir():
+        return Checkpoint.open(found.path, found.name, found.revision)
+    return open_gguf(found.path)
+
+
+def source_files(source: Source) -> list[Path]:
+    """Every file that holds weights of the source, sorted."""
+    return sorted({info.path for info in source.tensors.values()})

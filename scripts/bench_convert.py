@@ -1,0 +1,132 @@
+"""Time and peak memory of `qwq-quant to-gguf` against llama.cpp's convert_hf_to_gguf.py.
+
+    pip download --no-deps --no-binary :all: llama-cpp-python && tar xf llama_cpp_python-*.tar.gz
+    python scripts/bench_convert.py --llama-cpp llama_cpp_python-*/vendor/llama.cpp
+
+The two run in turn, each in a process of its own, on the same generated checkpoint (Qwen2.5-0.5B's
+shapes, four shards), after one run of each that does not count. The ratio is taken pair by pair.
+Peak memory is the process's largest resident set. Results go to benchmarks/convert.csv.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from make_checkpoint import SIZES, make_checkpoint
+
+ROOT = Path(__file__).parent.parent
+PEER = """
+import runpy, sys
+sys.path[:0] = [{root!r}, {root!r} + "/gguf-py"]
+import conversion.base
+# It knows a vocabulary by the hash of its output on a text, and a generated one is not in its list.
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+sys.argv = ["convert_hf_to_gguf.py", *{args!r}]
+runpy.run_path({root!r} + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Wall seconds and peak resident MB of a command; fails with its output if it fails."""
+    with tempfile.TemporaryFile() as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            log.seek(0)
+            sys.exit(f"{command[:4]} failed:\n{log.read().decode()[-3000:]}")
+    return seconds, usage.ru_maxrss / 1000
+
+
+def ours(model: Path, output: Path, type_name: str) -> list[str]:
+    code = "from quant.cli import main; main()"
+    args = ["to-gguf", model, "-o", output, "--type", type_name, "--force"]
+    return [sys.executable, "-c", code, *map(str, args)]
+
+
+def peer(llama_cpp: Path, model: Path, output: Path, type_name: str) -> list[str]:
+    args = [str(model), "--outfile", str(output), "--outtype", type_name.lower()]
+    return [sys.executable, "-c", PEER.format(root=str(llama_cpp.resolve()), args=args)]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def bench(args, model: Path, work: Path, type_name: str) -> dict:
+    """Alternate the two; medians with the smallest and largest value."""
+    commands = {
+        "ours": ours(model, work / "ours.gguf", type_name),
+        "peer": peer(args.llama_cpp, model, work / "peer.gguf", type_name),
+    }
+    figures = {name: [] for name in commands}
+    for i in range(args.repeats + 1):
+        for name, command in commands.items():
+            result = run(command)
+            if i:  # the first round fills caches and compiles
+                figures[name].append(result)
+    ratios = [p[0] / o[0] for o, p in zip(figures["ours"], figures["peer"], strict=True)]
+    row = {"model": args.size, "shards": args.shards, "type": type_name, "runs": args.repeats}
+    for name, results in figures.items():
+        row[f"{name}_seconds"] = spread([seconds for seconds, _ in results])
+        row[f"{name}_peak_mb"] = spread([megabytes for _, megabytes in results], 0)
+    return row | {"times_faster": spread(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source folder")
+    parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--types", nargs="+", default=["BF16", "Q8_0"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--work", type=Path, help="folder for the checkpoint and the outputs")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        work = Path(folder)
+        make_checkpoint(work / "model", args.size, args.shards)
+        rows = [bench(args, work / "model", work, type_name) for type_name in args.types]
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "qwq_quant": version("qwq-quant"),
+        "peer": "convert_hf_to_gguf.py of " + _peer_version(args.llama_cpp),
+    }
+    rows = [row | about for row in rows]
+    for row in rows:
+        print("\n".join(f"{key:16} {value}" for key, value in row.items()), end="\n\n")
+    target = ROOT / "benchmarks" / "convert.csv"
+    with open(target, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written to {target.relative_to(ROOT)}")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _peer_version(llama_cpp: Path) -> str:
+    folder = llama_cpp.resolve().parent.parent.name  # llama_cpp_python-0.3.36
+    return folder.replace("_", "-") if folder.startswith("llama_cpp_python") else "llama.cpp"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The words outside the code are held to what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from quant.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_ci_runs_the_readme_s_test_command():
+    wanted = '.venv/bin/pip install -c constraints.txt -e ".[test]" && .venv/bin/pytest'
+    assert wanted in README
+    command = (ROOT / ".ci" / "run").read_text().replace("pip install -q", "pip install")
+    assert wanted in command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_readme(name):
+    assert f"qwq-quant {name}" in README
+
+
+def test_the_file_map_names_files_that_exist():
+    names = re.findall(r"^ *([\w./-]+(?:\.py|\.toml|\.md|\.txt|/)) {2,}\S", README, re.MULTILINE)
+    assert len(names) > 15
+    folder = ROOT
+    for name in names:
+        places = (ROOT / name, ROOT / "quant" / name, ROOT / "quant" / "formats" / name)
+        assert any(place.exists() for place in places), (name, folder)
+
+
+def test_links_and_figures_point_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
