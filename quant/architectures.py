@@ -15,7 +15,7 @@ from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.errors import BadInput
 from quant.gguf_file import Metadata, Value
-from quant.overrides import llama3_rope_factors, rope_metadata
+from quant.rope import llama3_rope_factors, rope_metadata
 from quant.tensors import WEIGHT_DTYPES, TensorInfo
 
 ATTENTION = {

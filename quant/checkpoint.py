@@ -82,8 +82,7 @@ class Checkpoint:
         Raises InputMissing, NotPermitted or BadInput with the file, the reason and the next step.
         """
         folder = Path(folder)
-        config = _read_config(folder)
-        _refuse_quantized(folder, config)
+        config = read_config(folder)
         tensors = _with_scales(folder, _read_tensors(folder))
         return cls(folder, str(folder) if name is None else name, revision, config, tensors)
 
@@ -108,8 +107,11 @@ class Checkpoint:
         return _read_small(self.folder, file_name)
 
 
-def _read_config(folder: Path) -> dict:
-    """config.json; without one the folder is no checkpoint, and the error says what it may be."""
+def read_config(folder: Path) -> dict:
+    """config.json of a checkpoint that is not quantized yet.
+
+    Raises BadInput, or InputMissing; without the file, the error says what the folder may be.
+    """
     try:
         present = sorted(os.listdir(folder))
     except FileNotFoundError:
@@ -132,7 +134,9 @@ def _read_config(folder: Path) -> dict:
             _listing(present),
             "Give the folder that holds config.json and model*.safetensors.",
         )
-    return parse_json(raw, folder / CONFIG)
+    config = parse_json(raw, folder / CONFIG)
+    _refuse_quantized(folder, config)
+    return config
 
 
 def _listing(present: list[str]) -> str:

@@ -31,7 +31,7 @@ from quant.checkpoint import Checkpoint
 from quant.display import human_bytes
 from quant.errors import QwqQuantError
 from quant.gguf_file import GgufFile, Metadata, Value
-from quant.overrides import llama3_rope_factors, rope_metadata
+from quant.rope import llama3_rope_factors, rope_metadata
 from quant.sampling import PREFIX as SAMPLING_PREFIX
 from quant.sampling import sampling_from_generation_config
 from quant.source import Source, source_files
@@ -416,7 +416,7 @@ def _architecture(
         _rope_scaling(rope),
         _fact("vocabulary", n_rows),
         _fact("tied_embeddings", tied),
-        *_kv_cache(name, values),
+        *_kv_cache(name, values, numbers.get("attention.value_length")),
     )
     return Section("Architecture", facts)
 
@@ -430,16 +430,18 @@ def _kv_heads_text(heads: object, kv_heads: object) -> str:
     return f"{text} (one each)" if group == 1 else f"{text} ({group} heads share one)"
 
 
-def _kv_cache(name: str | None, values: Mapping) -> Iterator[Fact]:
-    """Bytes of keys and values in 16 bits: layers x kv heads x head size x 2 x 2 for a token.
+def _kv_cache(name: str | None, values: Mapping, value_size: object) -> Iterator[Fact]:
+    """Bytes of a token's keys and values in 16 bits: layers x kv heads x (key + value size) x 2.
 
-    Only for architectures known to keep exactly that.
+    Only for architectures known to keep exactly that. A value is as long as a key if not stated.
     """
-    counts = [values[fact] for fact in ("layers", "kv_heads", "head_size")]
+    counts = [values["layers"], values["kv_heads"], values["head_size"]]
+    counts.append(counts[-1] if value_size is None else value_size)
     known = name in {architecture.gguf_name for architecture in ARCHITECTURES}
     if not known or not all(map(_is_count, counts)):
         return
-    nbytes, context = 2 * 2 * math.prod(counts), values["context"]
+    n_layers, n_heads, key_size, value_size = counts
+    nbytes, context = n_layers * n_heads * (key_size + value_size) * 2, values["context"]
     text = f"{human_bytes(nbytes)} in 16 bits"
     yield Fact("kv_cache_nbytes_per_token", nbytes, text, "KV cache, a token")
     if _is_count(context):

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,10 @@ from quant.errors import (
     UsageError,
 )
 
-NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
-"""What a conversion reads; README.md states the licence. fnmatch patterns: * crosses folders."""
+SETTINGS_FILES = ["*.json", "*.jinja", "tokenizer.model", "README.md"]
+"""All but the weights; README.md states the licence. fnmatch patterns: * crosses folders."""
+
+WEIGHT_FILES = ["*.safetensors"]
 
 UNNEEDED_FILES = ["consolidated*.safetensors", "original/*", "*.bin"]
 """The same weights a second time, in their maker's own layout."""
@@ -62,8 +64,12 @@ def resolve(
     token: str | None = None,
     cache_dir: Path | None = None,
     offline: bool = False,
+    before_weights: Callable[[Path], object] = lambda folder: None,
 ) -> Resolved:
     """Find MODEL on this disk, or download what a conversion needs of it.
+
+    before_weights: called with the snapshot's folder when all but the weights is there; what it
+    raises saves the user from downloading 65 GB in vain.
 
     Raises UsageError, InputMissing or BadInput; from the hub also NotPermitted (gated, private),
     Unavailable (no network, or offline and not in the cache), OutputFailed and CannotCreate.
@@ -82,7 +88,10 @@ def resolve(
     wanted = name["revision"] or revision
     if wanted and ".." in wanted:
         raise UsageError(f"{printable(wanted)} is no revision: git forbids two dots in a name.")
-    folder = _download(name["repository"], wanted, token, cache_dir, offline)
+    access = token, cache_dir, offline
+    folder = _download(name["repository"], wanted, SETTINGS_FILES, *access)
+    before_weights(folder)
+    folder = _download(name["repository"], folder.name, WEIGHT_FILES, *access)
     return Resolved(folder, name["repository"], folder.name)
 
 
@@ -150,9 +159,14 @@ def _not_found(model: str, path: Path) -> QwqQuantError:
 
 
 def _download(
-    repository: str, revision: str | None, token: str | None, cache_dir: Path | None, offline: bool
+    repository: str,
+    revision: str | None,
+    patterns: list[str],
+    token: str | None,
+    cache_dir: Path | None,
+    offline: bool,
 ) -> Path:
-    """The snapshot's folder in huggingface_hub's cache; everything needed is there or it raises."""
+    """The snapshot's folder in huggingface_hub's cache; files like `patterns` are there then."""
     from huggingface_hub import snapshot_download  # 0.3 s to import
     from huggingface_hub.utils import disable_progress_bars
 
@@ -165,7 +179,7 @@ def _download(
             token=token,
             cache_dir=cache_dir,
             local_files_only=offline,
-            allow_patterns=NEEDED_FILES,
+            allow_patterns=patterns,
             ignore_patterns=UNNEEDED_FILES,
         )
     except Exception as error:  # hf_xet raises a bare RuntimeError, httpx its own families

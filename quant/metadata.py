@@ -44,7 +44,8 @@ def general_metadata(
 
 def _card_metadata(checkpoint: Checkpoint) -> Metadata:
     """The licence, from the YAML front matter of README.md."""
-    card = _FRONT_MATTER.match(checkpoint.read_text("README.md") or "")
+    text = (checkpoint.read_bytes("README.md") or b"").decode("utf-8", "replace")
+    card = _FRONT_MATTER.match(text)
     if card is None:
         return {}
     found = {}

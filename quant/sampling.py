@@ -152,8 +152,9 @@ def check_sequence(text: str) -> tuple[str, list[str]]:
 
 
 def _sampler(name: str, sequence: str) -> str:
-    if name.lower() in ALIASES:
-        return ALIASES[name.lower()]
+    known = ALIASES.get(name.lower()) if name.isascii() else None  # C's tolower knows ASCII only
+    if known is not None:
+        return known
     shown = printable(name, 80)
     if not name:
         what = "The sampler sequence is empty." if not sequence else "It has an empty name."
@@ -183,7 +184,7 @@ def check_sampling(metadata: Metadata) -> list[str]:
     }
     names, warnings = set(DEFAULT_SEQUENCE.split(";")), []
     if "sequence" in settings:
-        sequence, warnings = check_sequence(_text(settings["sequence"]))
+        sequence, warnings = check_sequence(settings["sequence"])
         names = set(sequence.split(";"))
     if settings.get("mirostat", 0):
         ignored = {"sequence", "top_k", "top_p", "min_p", "penalty_repeat"} & settings.keys()
@@ -201,10 +202,6 @@ def check_sampling(metadata: Metadata) -> list[str]:
     if settings.get("xtc_probability", 0.0) > 0 and "xtc" not in names:
         warnings.append("xtc_probability has no effect: `xtc` is not in the sampler sequence.")
     return warnings
-
-
-def _text(data: str | bytes) -> str:
-    return data.decode("utf-8", "replace") if isinstance(data, bytes) else data
 
 
 # --- profiles ---------------------------------------------------------------------------------

@@ -25,10 +25,12 @@ from quant.errors import BadInput, CannotCreate, InputMissing, UsageError
 from quant.formats.format import Format
 from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, TensorEntry, Value, split_paths
 from quant.metadata import QUANTIZATION_VERSION, general_metadata
+from quant.metadata_checks import check_metadata
 from quant.mixtures import MIXTURES, assign_formats
-from quant.overrides import apply_overrides, check_metadata, rope_overrides
+from quant.overrides import apply_overrides, shorthand_overrides
 from quant.plan import Assignment, Plan
 from quant.preflight import Needs
+from quant.rope import rope_overrides
 from quant.sampling import read_profile, sampling_from_generation_config
 from quant.sinks.gguf import GgufSink, WrittenFile, split_metadata
 from quant.source import Source, source_files
@@ -104,10 +106,11 @@ def _plan_checkpoint(checkpoint: Checkpoint, wishes: Wishes) -> Job:
     numbers, rope_warnings = hyperparameters(architecture, config, size)
     vocabulary = read_vocabulary(checkpoint, size.n_vocab, wishes.pre_tokenizer)
     n_weights = sum(t.n_weights for t in tensors if t.constant is None)
-    name = wishes.name or model_name(checkpoint)
     generation_config = checkpoint.read_json("generation_config.json") or {}
     metadata = {
-        **general_metadata(checkpoint, architecture.gguf_name, mixture, name, n_weights),
+        **general_metadata(
+            checkpoint, architecture.gguf_name, mixture, model_name(checkpoint), n_weights
+        ),
         **sampling_from_generation_config(generation_config),
         **numbers,
         **vocabulary.metadata(),
@@ -139,8 +142,6 @@ def _plan_gguf_copy(gguf: GgufFile, wishes: Wishes) -> Job:
         copies, type_name = assign_formats(tensors, mixture), mixture.name
         metadata["general.file_type"] = Value("u32", mixture.file_type)
         metadata["general.quantization_version"] = Value("u32", QUANTIZATION_VERSION)
-    if wishes.name is not None:
-        metadata["general.name"] = Value("str", wishes.name)
     plan = Plan(tuple(copies), wishes.max_file_nbytes, alignment=gguf.alignment)
     return Job(gguf, plan, metadata, type_name)
 
@@ -177,8 +178,6 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
         metadata = {k: v for k, v in metadata.items() if not k.startswith("general.sampling.")}
         if wishes.sampling != "none":
             metadata |= read_profile(wishes.sampling)
-    if wishes.chat_template is not None:
-        metadata["tokenizer.chat_template"] = Value("str", _read_template(wishes.chat_template))
     metadata = rope_overrides(
         architecture,
         scaling=wishes.rope_scaling,
@@ -188,15 +187,24 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
         context_length=wishes.context_length,
         current=metadata,
     )
-    if wishes.rms_eps is not None:
-        metadata[f"{architecture}.attention.layer_norm_rms_epsilon"] = Value("f32", wishes.rms_eps)
-    metadata = apply_overrides(
-        metadata, list(wishes.overrides), architecture, wishes.force_override
+    tensors = {a.name: a.source for a in job.plan.assignments}
+    if wishes.rope_scaling is not None and "rope_freqs.weight" in tensors:
+        raise UsageError(
+            "--rope-scaling cannot be set for a model with Llama 3's own rope factors.",
+            "llama.cpp would apply both, one on top of the other.",
+        )
+    template = wishes.chat_template and _read_template(wishes.chat_template)
+    overrides = shorthand_overrides(architecture, wishes.name, wishes.rms_eps, template)
+    overrides += wishes.overrides
+    metadata = apply_overrides(metadata, overrides, architecture, wishes.force_override)
+    embedding = tensors.get("token_embd.weight")
+    warnings = check_metadata(
+        metadata,
+        architecture,
+        embedding and embedding.shape[0],
+        # A GGUF file that llama.cpp would refuse may still be split or mended here.
+        force=wishes.force_override or isinstance(job.source, GgufFile),
     )
-    embedding = next(
-        (a.source for a in job.plan.assignments if a.name == "token_embd.weight"), None
-    )
-    warnings = check_metadata(metadata, architecture, embedding.shape[0] if embedding else None)
     return replace(job, metadata=metadata, notes=(*job.notes, *warnings))
 
 

@@ -12,10 +12,12 @@ import llama_cpp
 import llama_oracle
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from model_makers import MODELS
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from quant.cli import cli
 from quant.describe import compare, describe, kind_of, opens_think
@@ -208,6 +210,16 @@ def test_published_sizes(tmp_path, name, parameters, kv_cache):
     assert found["architecture"]["kv_cache_nbytes_per_token"] == kv_cache
 
 
+def test_fp8_counts_its_scales(tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    name = "model.layers.0.mlp.up_proj.weight"
+    w, scale = torch.zeros(256, 128).to(torch.float8_e4m3fn), torch.ones(2, 1)
+    save_torch({name: w, f"{name}_scale_inv": scale}, tmp_path / "model.safetensors")
+    (kind,) = facts_of(tmp_path)["tensors"]
+    assert kind["types"] == {"F8_E4M3": 256 * 128} and kind["n_tensors"] == 1
+    assert kind["nbytes"] == 256 * 128 + 4 * 2
+
+
 def test_yarn_in_config_json(tiny_copy):
     config = json.loads((tiny_copy / "config.json").read_text())
     config["rope_scaling"] = {
@@ -341,6 +353,7 @@ def make_gguf(path: Path, arch: str = "qwen3moe", add=lambda writer: None, name=
     writer.add_head_count(4)
     writer.add_head_count_kv([2, 2])
     writer.add_key_length(32)
+    writer.add_value_length(16)
     writer.add_feed_forward_length([96, 128])
     writer.add_expert_count(4)
     writer.add_expert_used_count(1)
@@ -400,8 +413,8 @@ def test_a_gguf_file(tmp_path):
         "rope_scaling": {"type": "yarn", "factor": 2.0, "original_context_length": 2048},
         "vocabulary": 5,
         "tied_embeddings": True,
-        "kv_cache_nbytes_per_token": 2 * 2 * 2 * 32 * 2,
-        "kv_cache_nbytes": 2 * 2 * 2 * 32 * 2 * 4096,
+        "kv_cache_nbytes_per_token": 2 * 2 * (32 + 16) * 2,
+        "kv_cache_nbytes": 2 * 2 * (32 + 16) * 2 * 4096,
     }
     n_q, n_experts, rest = 2 * 128 * 64, 2 * 4 * 32 * 64, 5 * 64 + 2 * 64
     kinds = {kind["kind"]: kind for kind in found["tensors"]}
@@ -436,7 +449,7 @@ def test_metadata_of_wrong_types(tmp_path):
 
     def add(writer):
         writer.add_float32("qwen3moe.rope.scaling.attn_factor", float("nan"))
-        writer.add_string("qwen3moe.attention.value_length", "x")
+        writer.add_string("qwen3moe.expert_feed_forward_length", "x")
         writer.add_array("qwen3moe.attention.sliding_window", [1, 2])
         writer.add_string("tokenizer.ggml.padding_token_id", "none")
         writer.add_array("general.sampling.top_p", [0.5, 0.25])
@@ -446,6 +459,7 @@ def test_metadata_of_wrong_types(tmp_path):
     path = make_gguf(tmp_path / "a.gguf", add=add)
     found = inspect_json(path)
     assert found["architecture"]["rope_scaling"]["attn_factor"] == "nan"
+    assert found["architecture"]["expert_size"] == "x"
     assert found["generation"]["min_p"] == "inf"
     assert found["tokenizer"]["pad"] == {"id": "none", "text": None}
     assert_fits_a_terminal(inspect(path))
@@ -495,7 +509,7 @@ def test_hostile_names_are_escaped(tmp_path):
     other = make_gguf(tmp_path / "b.gguf")
     for output in (inspect(path), inspect(path, other)):
         assert_fits_a_terminal(output)
-        assert r"\x1b[2J<script>" in output
+        assert r"\x1b[2J<script>" in output and r"\r\n" in output
     found = inspect_json(path)
     assert found["file"]["name"] == HOSTILE and HOSTILE in found["chat_template"]
     assert "\x1b" not in inspect(path, "--format", "json")

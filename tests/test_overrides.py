@@ -17,16 +17,9 @@ from safetensors.torch import load_file
 
 from quant.errors import BadInput, BadRecipe, UsageError
 from quant.gguf_file import SCALAR_TYPES, Value
-from quant.overrides import (
-    apply_overrides,
-    check_metadata,
-    llama3_rope_factors,
-    parse_override,
-    rope_metadata,
-    rope_overrides,
-    shorthand_overrides,
-    yarn_magnitude,
-)
+from quant.metadata_checks import check_metadata
+from quant.overrides import apply_overrides, parse_override, shorthand_overrides
+from quant.rope import llama3_rope_factors, rope_metadata, rope_overrides, yarn_magnitude
 
 TINY = Path(__file__).parents[1] / "examples/tiny-qwq"
 N_VOCAB = 4096
@@ -960,8 +953,19 @@ def test_no_llama3_factors_for_others():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"factor": None}, {"low_freq_factor": 4.0}, {"high_freq_factor": "4"}]
+    "changes",
+    [
+        {"rope_scaling": {**LLAMA3, "factor": None}},
+        {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+        {"rope_scaling": {**LLAMA3, "high_freq_factor": "4"}},
+        {"rope_scaling": LLAMA3, "hidden_size": ...},
+        {"rope_scaling": LLAMA3, "num_attention_heads": 0},
+        {"rope_scaling": LLAMA3, "head_dim": 63},
+        {"rope_scaling": LLAMA3, "head_dim": 10**15},
+        {"rope_scaling": LLAMA3, "head_dim": "64"},
+    ],
+    ids=str,
 )
 def test_bad_llama3_settings(changes):
     with pytest.raises(BadInput):
-        llama3_rope_factors(tiny_config(rope_scaling={**LLAMA3, **changes}))
+        llama3_rope_factors(tiny_config(**changes))

@@ -139,6 +139,7 @@ def test_sequence_in_llama_cpps_names():
         "top_k;temperatur",
         "top_k;temperature\n",
         "top_k;temperature\x1b[2J",
+        "top_\u212a;temperature",  # the Kelvin sign, whose lower case is k
     ],
 )
 def test_sequences_llama_cpp_would_not_follow(text):
@@ -211,7 +212,7 @@ def test_check_sampling_refuses_a_bad_sequence():
     with pytest.raises(BadRecipe):
         check_sampling(settings(sequence="top_k,temperature"))
     with pytest.raises(BadRecipe):
-        check_sampling({P + "sequence": Value("str", b"top_k\xff")})
+        check_sampling(settings(sequence="top_k\udcff"))  # as a damaged file's text is read
 
 
 # --- profiles ---------------------------------------------------------------------------------

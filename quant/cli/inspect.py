@@ -59,14 +59,14 @@ def _print_description(description) -> None:
         for fact in section.facts:
             _print_row(_label(fact), fact.text)
         if section.problem:
-            _print_wrapped(section.problem, indent=2)
+            _print_wrapped(section.problem)
     if description.tensors:
         click.echo("\nTensors")
         _print_kinds(description.tensors)
     if description.notes:
         click.echo("\nNotes")
     for note in description.notes:
-        _print_wrapped(note, indent=2)
+        _print_wrapped(note)
 
 
 def _print_kinds(kinds) -> None:
@@ -105,7 +105,7 @@ def _print_comparison(comparison) -> None:
         click.echo("No fact differs. The values of the weights were not compared.")
         return
     names = _short_names(comparison.a.model, comparison.b.model)
-    _print_row("", *names, indent=0)
+    _print_row("", *names)
     title = None
     for difference in comparison.facts:
         if difference.section != title:
@@ -168,10 +168,10 @@ def _padded(text: str, width: int) -> str:
     return text + " " * (width - cell_len(text))
 
 
-def _print_row(label: str, *values: str, indent: int = 2) -> None:
+def _print_row(label: str, *values: str) -> None:
     """A label and one value, or two side by side; long values go on below, then end in "…"."""
     room = (WIDTH - 2 - LABEL) // len(values) - 2
-    columns = [[" " * indent + _cut(label, LABEL)], *(_lines(value, room) for value in values)]
+    columns = [["  " + _cut(label, LABEL)], *(_lines(value, room) for value in values)]
     for label, *cells in zip_longest(*columns, fillvalue=""):
         row = [_padded(label, 2 + LABEL), *(_padded(cell, room) for cell in cells)]
         click.echo("  ".join(row).rstrip())
@@ -195,11 +195,8 @@ def _fitted(rows: list[tuple[str, ...]], shrinking: tuple[int, ...]) -> list[tup
     return [tuple(map(_cut, row, widths)) for row in rows]
 
 
-def _print_wrapped(text: str, indent: int) -> None:
+def _print_wrapped(text: str) -> None:
     from quant.display import printable
 
-    space = " " * indent
-    lines = textwrap.wrap(
-        printable(text, 2000), WIDTH, initial_indent=space, subsequent_indent=space
-    )
-    click.echo("\n".join(lines))
+    for line in textwrap.wrap(printable(text, 2000), WIDTH - 2):
+        click.echo(f"  {line}")

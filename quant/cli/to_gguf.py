@@ -94,11 +94,17 @@ def command(
       qwq-quant to-gguf examples/tiny-qwq -o long.gguf --rope-scaling yarn \\
           --rope-factor 4 --rope-original-context 2048
     """
+    from quant.architectures import find_architecture
     from quant.source import open_source
     from quant.to_gguf import Wishes, plan_gguf
 
     source = open_source(
-        model, revision=revision, token=token, cache_dir=cache_dir, offline=offline
+        model,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        offline=offline,
+        check_config=find_architecture,
     )
     job = plan_gguf(source, Wishes(type_name, max_file_nbytes=split_max_size, **wishes))
     if dry_run:
