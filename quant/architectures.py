@@ -157,6 +157,17 @@ def _count(config: dict, key: str, default: int | None = None) -> int:
     return value
 
 
+def _flag(config: dict, key: str, default: bool) -> bool:
+    """True or false; "false" in quotes, which programs take for true, is refused."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise BadInput(
+            f'"{key}" in config.json is {printable(value, 40)}.', "true or false is needed."
+        )
+    return value
+
+
 def read_dimensions(architecture: Architecture, config: dict) -> Dimensions:
     """Sizes from config.json. Raises BadInput, naming the key that is missing or wrong."""
     hidden = _count(config, "hidden_size")
@@ -202,23 +213,36 @@ def check_graph(architecture: Architecture, config: dict) -> list[str]:
         )
     if architecture.experts:
         _check_routing(architecture, config)
-    window = config.get("sliding_window")
-    uses_window = config.get("use_sliding_window", architecture.title.startswith("Mistral"))
-    if window and uses_window and window < config.get("max_position_embeddings", 0):
-        return [
-            f"The model attends to the last {printable(window, 20)} tokens only (sliding_window); "
-            f"llama.cpp's {architecture.gguf_name} attends to all. Longer texts will differ."
-        ]
-    return []
+    return _check_window(architecture, config)
+
+
+def _check_window(architecture: Architecture, config: dict) -> list[str]:
+    """A warning if the model looks back on fewer tokens than its longest text has."""
+    if not _flag(config, "use_sliding_window", architecture.title.startswith("Mistral")):
+        return []
+    context = _count(config, "max_position_embeddings")
+    window = _count(config, "sliding_window", context)
+    if window >= context:
+        return []
+    return [
+        f"The model attends to the last {window} tokens only (sliding_window); "
+        f"llama.cpp's {architecture.gguf_name} attends to all. Longer texts will differ."
+    ]
 
 
 def _check_routing(architecture: Architecture, config: dict) -> None:
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+    dense = config.get("mlp_only_layers")
+    if dense is not None and not isinstance(dense, list):
+        raise BadInput(
+            f'"mlp_only_layers" in config.json is {printable(dense, 40)}.',
+            "A list of layers is needed.",
+        )
+    if dense or _count(config, "decoder_sparse_step", 1) != 1:
         raise BadInput(
             "Some layers of this model have no experts (mlp_only_layers, decoder_sparse_step).",
             f"llama.cpp's {architecture.gguf_name} has experts in every layer.",
         )
-    normalised = bool(config.get("norm_topk_prob", False))
+    normalised = _flag(config, "norm_topk_prob", False)
     if normalised != architecture.normalised_routing:
         raise BadInput(
             f"norm_topk_prob is {str(normalised).lower()} in config.json.",
@@ -416,7 +440,7 @@ def _output_head(
 ) -> tuple[list[Assembly], list[str]]:
     """output.weight, unless config.json ties it to the embedding."""
     head = taker.take("lm_head.weight", (size.n_vocab, size.hidden))
-    if not checkpoint.config.get("tie_word_embeddings", False):
+    if not _flag(checkpoint.config, "tie_word_embeddings", False):
         if head is None:
             raise BadInput(
                 "The checkpoint has no lm_head.weight, and config.json does not tie it.",

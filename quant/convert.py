@@ -5,6 +5,7 @@ the kernel release the interpreter) and written in order by this thread. A few m
 are in memory, whatever the size of the model; the bytes do not depend on the number of threads.
 """
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -146,7 +147,7 @@ def _write_tensor(
         n_zeroed += zeroed
         progress((stop - start) * source.n_columns)
     if problem is not None:
-        return [_write_as_bf16(assignment, problem, sink, reader, nan_policy, progress)]
+        return [_write_wider(assignment, problem, sink, reader, nan_policy, progress)]
     sink.end()
     if n_zeroed:
         why = f"{n_zeroed} NaN or infinite weights were set to zero"
@@ -154,7 +155,7 @@ def _write_tensor(
     return []
 
 
-def _write_as_bf16(
+def _write_wider(
     assignment: Assignment,
     problem: Exception,
     sink: GgufSink,
@@ -162,22 +163,24 @@ def _write_as_bf16(
     nan_policy: str,
     progress: Progress,
 ) -> Change:
-    """Write a tensor that its format cannot hold as BF16, which has float32's range."""
+    """Write a tensor that its format cannot hold as BF16, or F32 beyond even bfloat16's range."""
     source = assignment.source
-    if isinstance(problem, NonFinite) and nan_policy == "refuse":
-        raise _refusal(source, reader)
-    kept = replace(assignment, format=FORMATS["BF16"])
-    sink.begin(source.name, source.shape, "BF16")
-    for start, stop in source.row_ranges(WEIGHTS_AT_ONCE):
-        encoded, _ = encode_rows(kept, reader, start, stop, nan_policy)
-        sink.append(encoded)
-        progress((stop - start) * source.n_columns)
-    sink.end()
     if isinstance(problem, NonFinite):
+        if nan_policy == "refuse":
+            raise _refusal(source, reader)
         why = "it holds NaN or infinite weights"
     else:
         why = f"its values are beyond the float16 range that {assignment.format.name} needs"
-    return Change(source.name, "BF16", f"kept in 16 bits: {why}")
+    for format in (FORMATS["BF16"], FORMATS["F32"]):
+        sink.begin(source.name, source.shape, format.name)
+        with contextlib.suppress(Float16Overflow):
+            for start, stop in source.row_ranges(WEIGHTS_AT_ONCE):
+                wider = replace(assignment, format=format)
+                sink.append(encode_rows(wider, reader, start, stop, nan_policy)[0])
+                progress((stop - start) * source.n_columns)
+            break
+    sink.end()
+    return Change(source.name, format.name, f"written as {format.name}: {why}")
 
 
 def _refusal(source: Assembly, reader: TensorReader) -> BadInput:

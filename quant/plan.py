@@ -76,11 +76,13 @@ class Plan:
         return max(a.nbytes for a in self.assignments)
 
     def classes(self) -> list[TensorClass]:
-        """The assignments folded over layers, in order of first appearance."""
+        """The assignments folded over layers; kinds in order of first appearance."""
         folded: dict[tuple[str, ...], list[Assignment]] = {}
+        kinds: dict[str, int] = {}
         for a in self.assignments:
-            key = (_LAYER.sub("blk.*.", a.name), a.source.dtype, a.format.name, a.rule)
-            folded.setdefault(key, []).append(a)
+            kind = _LAYER.sub("blk.*.", a.name)
+            kinds.setdefault(kind, len(kinds))
+            folded.setdefault((kind, a.source.dtype, a.format.name, a.rule), []).append(a)
         return [
             TensorClass(
                 *key,
@@ -88,7 +90,7 @@ class Plan:
                 n_weights=sum(a.source.n_weights for a in group),
                 nbytes=sum(a.nbytes for a in group),
             )
-            for key, group in folded.items()
+            for key, group in sorted(folded.items(), key=lambda item: kinds[item[0][0]])
         ]
 
 

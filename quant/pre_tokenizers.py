@@ -165,12 +165,17 @@ def read_steps(tokenizer: dict) -> tuple[str, ...]:
 
 
 def flatten(part: dict | None, children: str) -> list[dict]:
-    """A component of tokenizer.json as the list of its simple parts, Sequences opened."""
+    """A component of tokenizer.json as the list of its simple parts, Sequences opened.
+
+    Raises BadInput for a Sequence without a list.
+    """
     if not isinstance(part, dict):
         return []
-    if part.get("type") == "Sequence":
-        return [leaf for child in part.get(children) or [] for leaf in flatten(child, children)]
-    return [part]
+    if part.get("type") != "Sequence":
+        return [part]
+    if not isinstance(part.get(children), list):
+        raise BadInput(f"In tokenizer.json a Sequence has no list of {children}.")
+    return [leaf for child in part[children] for leaf in flatten(child, children)]
 
 
 def _read_step(part: dict) -> list[str]:
@@ -229,7 +234,7 @@ def _checked_name(wanted: str) -> str:
         return wanted
     near = difflib.get_close_matches(wanted, PRE_TOKENIZERS, n=1)
     raise UsageError(
-        f"llama.cpp knows no pre-tokenizer {printable(wanted)!r}"
+        f"llama.cpp knows no pre-tokenizer '{printable(wanted)}'"
         + (f"; did you mean {near[0]!r}?" if near else "."),
         "A file that names another is refused when it is loaded.",
         "It knows: " + " ".join(PRE_TOKENIZERS),

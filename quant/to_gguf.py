@@ -26,7 +26,7 @@ from quant.formats.format import Format
 from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, TensorEntry, Value, split_paths
 from quant.metadata import QUANTIZATION_VERSION, general_metadata
 from quant.metadata_checks import check_metadata
-from quant.mixtures import MIXTURES, assign_formats
+from quant.mixtures import MIXTURES, Choices, Model, assign_formats
 from quant.overrides import apply_overrides, shorthand_overrides
 from quant.plan import Assignment, Plan
 from quant.preflight import Needs
@@ -58,6 +58,7 @@ class Wishes:
     sampling: str | None = None  # a profile, a TOML file, or "none"
     pre_tokenizer: str | None = None
     max_file_nbytes: int | None = None
+    choices: Choices = Choices()
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _plan_checkpoint(checkpoint: Checkpoint, wishes: Wishes) -> Job:
         **vocabulary.metadata(),
     }
     notes = (*notes, *warnings, *rope_warnings, *vocabulary.notes)
-    plan = Plan(tuple(assign_formats(tensors, mixture)), wishes.max_file_nbytes)
+    assignments = assign_formats(tensors, mixture, Model.from_metadata(metadata), wishes.choices)
+    plan = Plan(tuple(assignments), wishes.max_file_nbytes)
     return Job(checkpoint, plan, metadata, mixture.name, notes)
 
 
@@ -139,7 +141,8 @@ def _plan_gguf_copy(gguf: GgufFile, wishes: Wishes) -> Job:
     else:
         mixture = MIXTURES[wishes.type_name]
         _refuse_requantizing(gguf, mixture.name)
-        copies, type_name = assign_formats(tensors, mixture), mixture.name
+        model = Model.from_metadata(metadata)
+        copies, type_name = assign_formats(tensors, mixture, model, wishes.choices), mixture.name
         metadata["general.file_type"] = Value("u32", mixture.file_type)
         metadata["general.quantization_version"] = Value("u32", QUANTIZATION_VERSION)
     plan = Plan(tuple(copies), wishes.max_file_nbytes, alignment=gguf.alignment)

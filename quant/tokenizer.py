@@ -164,8 +164,10 @@ def read_vocabulary(checkpoint, n_rows: int, pre_tokenizer: str | None = None) -
             "Leave the option out.",
         )
     draft.named |= _named_tokens(checkpoint, config)
-    _place_added(draft, added, config)
+    _place_added(draft, added)
     _note_flags(draft, added, tokenizer)
+    if draft.model == "llama":
+        _check_byte_tokens(draft)
     tokens, types = _rows(draft, n_rows)
     flags = _read_ends(draft, tokenizer, config) | draft.flags
     special_ids = _special_ids(checkpoint, draft, templates.get("default", ""), n_rows)
@@ -249,7 +251,7 @@ def _byte_level(tokenizer: dict, pre_tokenizer: str | None) -> _Draft:
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise BadInput(
-                f"tokenizer.json's model sets {key} to {printable(model[key])!r}.",
+                f"tokenizer.json's model sets {key} to {_quoted(model[key])}.",
                 "llama.cpp's byte-level BPE has no such thing: its tokens would be others.",
             )
     merges = [f"{left} {right}" for left, right in _reachable(_checked_merges(model, ids))]
@@ -273,12 +275,10 @@ def _checked_vocab(model: dict) -> dict[str, int]:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
         raise BadInput("tokenizer.json has no vocabulary (model.vocab).", *_DAMAGED)
-    # "" can stand in no text; its row is filled as an unused one.
-    vocab = {text: token for text, token in vocab.items() if text}
     for text, token in vocab.items():
         if type(token) is not int or token < 0:
             raise BadInput(
-                f"Token {printable(text)!r} of tokenizer.json has id {printable(token)}.",
+                f"Token {_quoted(text)} of tokenizer.json has id {printable(token)}.",
                 *_DAMAGED,
             )
     if len(set(vocab.values())) < len(vocab):
@@ -290,9 +290,13 @@ def _checked_vocab(model: dict) -> dict[str, int]:
     return vocab
 
 
+def _quoted(text: object) -> str:
+    return f"'{printable(text)}'"
+
+
 def _same_id(one: str, other: str, token: int) -> BadInput:
     return BadInput(
-        f"Two tokens share the id {token}: {printable(one)!r} and {printable(other)!r}.",
+        f"Two tokens share the id {token}: {_quoted(one)} and {_quoted(other)}.",
         *_DAMAGED,
     )
 
@@ -320,8 +324,7 @@ def _checked_merges(model: dict, ids: dict[str, int]) -> list[tuple[str, str]]:
         ) from None
     if unknown is not None:
         raise BadInput(
-            f"A merge of tokenizer.json makes {printable(unknown)!r}, which is not in its "
-            "vocabulary.",
+            f"A merge of tokenizer.json makes {_quoted(unknown)}, which is not in its vocabulary.",
             *_DAMAGED,
         )
     if len(set(merges)) < len(merges):
@@ -364,13 +367,12 @@ def _from_model(model: "SentencePiece", tokenizer: dict | None, config: dict) ->
     texts = [text for text, _, _ in model.pieces]
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
-        raise BadInput(f"tokenizer.model holds {printable(twice)!r} twice.", *_DAMAGED)
+        raise BadInput(f"tokenizer.model holds {_quoted(twice)} twice.", *_DAMAGED)
     draft = _Draft("llama", "default", {text: i for i, text in enumerate(texts)}, {}, {})
     for i, (_, score, kind) in enumerate(model.pieces):
         draft.types[i], draft.scores[i] = kind, score
     draft.named = {kind: texts[i] for kind, i in model.ids.items() if 0 <= i < len(texts)}
     draft.keeps_places = True
-    _check_byte_tokens(draft)
     if model.changes_text:
         draft.notes.append(
             "tokenizer.model changes text before it cuts it (as NFKC does), which llama.cpp does "
@@ -435,10 +437,9 @@ def _from_json(tokenizer: dict, config: dict) -> _Draft:
         if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
             draft.types[token] = BYTE
     unknown = model.get("unk_token")
-    if unknown in ids:
+    if isinstance(unknown, str) and unknown in ids:
         draft.types[ids[unknown]] = UNKNOWN
         draft.named["unk"] = unknown
-    _check_byte_tokens(draft)
     missing = _splits(rank, ids) - set(merges)
     if missing:
         draft.notes.append(
@@ -551,16 +552,14 @@ def _content(entry: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _place_added(draft: _Draft, added: list[_AddedToken], config: dict) -> None:
+def _place_added(draft: _Draft, added: list[_AddedToken]) -> None:
     """Give the added tokens their ids and types, as the tokenizers library does.
 
     It takes the id of the vocabulary, else the next free one, and does not look at the id that the
     file states: text gets that id in transformers, so it is the one the model knows.
     """
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    special = {*draft.named.values(), *map(_content, extra)}
-    # These llama.cpp makes control tokens itself, and warns that the file is at fault.
-    special |= END_TEXTS | FIM_KEYS.keys()
+    # The last two llama.cpp makes control tokens itself, and warns that the file is at fault.
+    special = {*draft.named.values(), *END_TEXTS, *FIM_KEYS}
     by_id = {token: text for text, token in draft.ids.items()}
     n_pieces, highest = len(by_id), -1
     moved = []
@@ -569,13 +568,13 @@ def _place_added(draft: _Draft, added: list[_AddedToken], config: dict) -> None:
             number = draft.ids[token.content]
         elif draft.keeps_places and token.id in by_id:
             number = token.id
-            del draft.ids[by_id[number]]
+            del draft.ids[by_id[number]], draft.types[number]
         else:
             number = highest + 1 if highest >= n_pieces else n_pieces
             if number in by_id:
                 raise _same_id(by_id[number], token.content, number)
         if number != token.id:
-            moved.append(f"{printable(token.content)!r} {token.id} -> {number}")
+            moved.append(f"{_quoted(token.content)} {token.id} -> {number}")
         draft.ids[token.content], by_id[number] = number, token.content
         highest = max(highest, number)
         if draft.types.get(number) not in (UNKNOWN, BYTE):
@@ -590,14 +589,14 @@ def _place_added(draft: _Draft, added: list[_AddedToken], config: dict) -> None:
 
 def _note_flags(draft: _Draft, added: list[_AddedToken], tokenizer: dict | None) -> None:
     """Say which added tokens are looked for in a way that llama.cpp does not have."""
-    trims = [repr(printable(token.content)) for token in added if token.trims]
+    trims = [_quoted(token.content) for token in added if token.trims]
     if trims:
         draft.notes.append(
             "Added tokens that in transformers take the spaces beside them or stand only between "
             "words, which llama.cpp cannot do: " + _some(trims)
         )
     steps = flatten((tokenizer or {}).get("normalizer"), "normalizers")
-    normalized = [repr(printable(token.content)) for token in added if token.normalized]
+    normalized = [_quoted(token.content) for token in added if token.normalized]
     if normalized and any(step.get("type") == "Prepend" for step in steps):
         draft.notes.append(
             "Added tokens that transformers finds only after a space (`normalized` true), "
@@ -617,24 +616,25 @@ def _rows(draft: _Draft, n_rows: int) -> tuple[list[str], list[int]]:
     if beyond:
         raise BadInput(
             f"The tokenizer has {beyond[-1][0] + 1} tokens, the model's embedding {n_rows} rows.",
-            f"{len(beyond)} tokens have no row, the first {printable(beyond[0][1])!r} with id "
+            f"{len(beyond)} tokens have no row, the first {_quoted(beyond[0][1])} with id "
             f"{beyond[0][0]}.",
             "Use the tokenizer that the model was trained with, or resize the embedding to it.",
         )
     tokens = [f"[PAD{i}]" for i in range(n_rows)]
     types = [UNUSED] * n_rows
     for text, token in draft.ids.items():
-        tokens[token], types[token] = text, draft.types[token]
+        if text:  # the empty one is in no text; its row is an unused one
+            tokens[token], types[token] = text, draft.types[token]
         if "\0" in text:
             raise BadInput(
-                f"Token {token}, {printable(text)!r}, holds a zero byte.",
+                f"Token {token}, {_quoted(text)}, holds a zero byte.",
                 "llama.cpp reads a token only as far as its first zero byte.",
             )
     for token in range(n_rows):  # no two texts may be the same: llama.cpp would abort
         while types[token] == UNUSED and draft.ids.get(tokens[token], token) != token:
             tokens[token] += "_"
     taken = [
-        f"{printable(text)!r} ({token})"
+        f"{_quoted(text)} ({token})"
         for text, token in draft.ids.items()
         if text in END_TEXTS and draft.types[token] == NORMAL
     ]
@@ -661,7 +661,9 @@ def _read_ends(draft: _Draft, tokenizer: dict | None, config: dict) -> dict[str,
             draft.named.setdefault(kind, texts[0])
         stated = config.get(key, tokenizer is None and kind == "bos")
         applied = bool(texts) and texts == [draft.named.get(kind)]
-        flags[key] = draft.named.get(kind) in draft.ids and (applied or stated is True)
+        flags[key] = draft.named.get(kind) in draft.ids and (
+            applied or (stated is True and not texts)
+        )
         if texts and not applied:
             draft.notes.append(
                 f"transformers puts {printable(' '.join(texts))} {where} every text; llama.cpp can "
@@ -680,11 +682,13 @@ def _template_ends(tokenizer: dict) -> dict[str, list[str]]:
     before, after = [], []
     for part in flatten(tokenizer.get("post_processor"), "processors"):
         side = before
-        for entry in part.get("single") or []:
-            if "Sequence" in entry:
+        single = part.get("single")
+        for entry in single if isinstance(single, list) else []:
+            token = entry.get("SpecialToken") if isinstance(entry, dict) else None
+            if isinstance(token, dict):
+                side.append(str(token.get("id")))
+            else:  # {"Sequence": ...}, the text itself
                 side = after
-            elif isinstance(entry, dict) and isinstance(entry.get("SpecialToken"), dict):
-                side.append(str(entry["SpecialToken"].get("id")))
     return {"bos": before, "eos": after}
 
 
@@ -703,7 +707,7 @@ def _special_ids(checkpoint, draft: _Draft, template: str, n_rows: int) -> dict[
         token = draft.ids.get(draft.named.get(kind))
         if kind in draft.named and token is None:
             draft.notes.append(
-                f"{kind}_token {printable(draft.named[kind])!r} is not in the vocabulary; "
+                f"{kind}_token {_quoted(draft.named[kind])} is not in the vocabulary; "
                 "it is left out."
             )
         if token is None:
@@ -763,7 +767,7 @@ def _add_missing_ends(draft: _Draft, special_ids: dict[str, int], template: str)
             special_ids["eos_token_id"] = draft.ids[text]
         draft.notes.append(
             "The checkpoint names no token that ends text; llama.cpp will stop at "
-            + (f"{printable(text)!r}." if text else "its default: token 11, or 2 of SentencePiece.")
+            + (f"{_quoted(text)}." if text else "its default: token 11, or 2 of SentencePiece.")
         )
     if "bos" not in draft.named and "bos_token" in template:
         draft.notes.append(
@@ -826,6 +830,8 @@ def read_sentencepiece(data: bytes) -> SentencePiece:
         pieces = [_piece(value) for number, value in sections if number == 1]
         trainer = dict(_fields(dict(sections).get(2, b"")))
         normalizer = dict(_fields(dict(sections).get(3, b"")))
+        if not pieces:
+            raise ValueError("no pieces")
     except (ValueError, TypeError, struct.error, UnicodeDecodeError) as error:
         raise BadInput(
             "tokenizer.model is not a SentencePiece model.",

@@ -39,9 +39,10 @@ def quantize(type_id: int, w: np.ndarray, importance: np.ndarray | None = None) 
     n_rows, n_columns = w.shape
     out = np.empty((n_rows, ggml.ggml_row_size(type_id, n_columns)), np.uint8)
     ggml.ggml_quantize_init(type_id)
-    weights = None if importance is None else np.ascontiguousarray(importance).ctypes.data
+    weights = None if importance is None else np.ascontiguousarray(importance)
     nbytes = ggml.ggml_quantize_chunk(
-        type_id, w.ctypes.data, out.ctypes.data, 0, n_rows, n_columns, weights
-    )
+        type_id, w.ctypes.data, out.ctypes.data, 0, n_rows, n_columns,
+        None if weights is None else weights.ctypes.data,
+    )  # fmt: skip
     assert nbytes == out.nbytes
     return out

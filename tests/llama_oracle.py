@@ -15,14 +15,21 @@ def _record_log(level, text, user_data):
 
 
 LOG: list[str] = []
-llama_cpp.llama_log_set(_record_log, ctypes.c_void_p(0))
+"""What llama.cpp said since the last `listen`."""
+
 llama_cpp.llama_backend_init()
+
+
+def listen() -> None:
+    """Empty LOG and have llama.cpp speak to it; other tests may have taken its ear away."""
+    LOG.clear()
+    llama_cpp.llama_log_set(_record_log, ctypes.c_void_p(0))
 
 
 @contextlib.contextmanager
 def loaded(path: Path, vocab_only: bool = False) -> Iterator[ctypes.c_void_p]:
     """The model at `path`; fails the test with llama.cpp's own words if it cannot be loaded."""
-    LOG.clear()
+    listen()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.check_tensors = not vocab_only

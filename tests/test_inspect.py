@@ -20,8 +20,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from quant.cli import cli
-from quant.describe import compare, describe, kind_of, opens_think
 from quant.errors import BadInput, QwqQuantError
+from quant.inspection.compare import compare
+from quant.inspection.conversation import opens_think
+from quant.inspection.describe import describe
+from quant.inspection.tensor_kinds import kind_of
 from quant.source import open_source
 from quant.to_gguf import Wishes, plan_gguf, write_gguf
 

@@ -265,6 +265,15 @@ def test_float16_overflow_stays_bf16_with_a_note(spoiled, tmp_path):
         pass
 
 
+def test_beyond_bfloat16_stays_float32(spoiled, tmp_path):
+    result = run("to-gguf", spoiled(3.4e38), "-o", tmp_path / "m.gguf", "--type", "BF16")
+    assert result.exit_code == 0 and "written as F32" in result.output
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert tensors["blk.1.ffn_up.weight"].data.ravel()[1000] == np.float32(3.4e38)
+    with llama_oracle.loaded(tmp_path / "m.gguf"):
+        pass
+
+
 # --- overrides read back by llama.cpp ---------------------------------------------------------
 
 
@@ -471,6 +480,7 @@ def test_the_types_of_the_command_line_are_the_library_s():
     from quant.cli import to_gguf
     from quant.convert import NAN_POLICIES
 
-    assert set(to_gguf.TYPES) == set(MIXTURES)
+    assert list(to_gguf.TYPES) == list(MIXTURES)
+    assert set(to_gguf.FORMATS) == set(FORMATS)
     assert to_gguf.NAN_POLICIES == NAN_POLICIES
     assert all(m.default in FORMATS for m in MIXTURES.values())

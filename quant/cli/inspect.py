@@ -36,7 +36,8 @@ def command(model, other, output_format, **where):
       qwq-quant inspect Qwen/Qwen1.5-7B Qwen/Qwen2-7B
       qwq-quant inspect examples/tiny-qwq --format json
     """
-    from quant.describe import compare, describe
+    from quant.inspection.compare import compare
+    from quant.inspection.describe import describe
     from quant.source import open_source
 
     found = [describe(open_source(name, **where)) for name in (model, other) if name is not None]
@@ -71,8 +72,9 @@ def _print_description(description) -> None:
 
 def _print_kinds(kinds) -> None:
     """One row for a kind: how many, shape, weights, bytes, types."""
-    from quant.describe import human_count, shares
     from quant.display import human_bytes
+    from quant.inspection.facts import human_count
+    from quant.inspection.tensor_kinds import shares
 
     rows = [("kind", "n", "shape", "weights", "size", "type")]
     rows += [
@@ -108,8 +110,8 @@ def _print_comparison(comparison) -> None:
     _print_row("", *names)
     title = None
     for difference in comparison.facts:
-        if difference.section != title:
-            title = difference.section
+        if difference.section.title != title:
+            title = difference.section.title
             click.echo(f"\n{title}")
         texts = (fact.text if fact else "-" for fact in (difference.a, difference.b))
         _print_row(_label(difference), *texts)
@@ -139,8 +141,8 @@ def _print_pair(a, b) -> None:
 
 
 def _amount(kind) -> str:
-    from quant.describe import shares
     from quant.display import human_bytes
+    from quant.inspection.tensor_kinds import shares
 
     return f"{human_bytes(kind.nbytes)}, {shares(kind.types)}"
 

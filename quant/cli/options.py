@@ -1,5 +1,6 @@
 """Options that several commands share, each defined once."""
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -37,6 +38,25 @@ class Name(click.ParamType):
             message = f"{printable(value)} is no {self.name}.{guess}"
             self.fail(f"{message} There are: {' '.join(self.names)}.", param, ctx)
         return name
+
+
+class PatternFormat(click.ParamType):
+    """PATTERN=FORMAT: a regular expression and a format's name."""
+
+    name = "pattern=format"
+
+    def __init__(self, names: tuple[str, ...]):
+        self._format = Name(names, "format")
+
+    def convert(self, value, param, ctx):
+        pattern, equals, name = value.rpartition("=")
+        if not equals or not pattern:
+            self.fail(f"{printable(value)} is not written as PATTERN=FORMAT.", param, ctx)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self.fail(f"{printable(pattern)} is no regular expression: {error}.", param, ctx)
+        return pattern, self._format.convert(name, param, ctx)
 
 
 def model_options(command):

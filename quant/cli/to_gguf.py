@@ -8,9 +8,16 @@ import click
 
 from quant.cli import options
 
-# The names of quant.mixtures.MIXTURES, written out so that --help need not import numpy;
-# a test holds the two against each other.
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+# The names of quant.mixtures.MIXTURES and quant.formats.FORMATS, written out so that --help need
+# not import numpy; a test holds them against each other.
+TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S",
+    "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "TQ2_0", "TQ1_0",
+)  # fmt: skip
+FORMATS = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K",
+    "Q2_K", "TQ2_0", "TQ1_0",
+)  # fmt: skip
 NAN_POLICIES = ("refuse", "keep-16bit", "zero")
 
 
@@ -30,6 +37,20 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
     type=options.Name(TYPES, "type"),
     help=f"Type of the weights: {' '.join(TYPES)}. [default: Q8_0; for a .gguf MODEL: as they are]",
 )
+@click.option("--output-type", type=options.Name(FORMATS, "format"), help="Of the output layer.")
+@click.option(
+    "--embedding-type", type=options.Name(FORMATS, "format"), help="Of the token embedding."
+)
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    metavar="PATTERN=FORMAT",
+    type=options.PatternFormat(FORMATS),
+    multiple=True,
+    help="Format of the tensors whose GGUF name the regular expression is found in, for example "
+    "'ffn_down=Q6_K' or 'blk\\.[0-3]\\.=Q8_0'. The first match wins. Repeatable.",
+)
+@click.option("--pure", is_flag=True, help="The type's format for all, without its exceptions.")
 @click.option("--name", help="general.name of the model. [default: the folder's name]")
 @click.option(
     "--override",
@@ -77,8 +98,8 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
 @options.model_options
 @options.debug
 def command(
-    model, output, output_format, dry_run, force, nan_policy, split_max_size,
-    revision, token, cache_dir, offline, type_name, **wishes,
+    model, output, output_format, dry_run, force, nan_policy, split_max_size, revision, token,
+    cache_dir, offline, type_name, output_type, embedding_type, tensor_types, pure, **wishes,
 ):  # fmt: skip
     """Write MODEL as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
@@ -95,6 +116,7 @@ def command(
           --rope-factor 4 --rope-original-context 2048
     """
     from quant.architectures import find_architecture
+    from quant.mixtures import Choices
     from quant.source import open_source
     from quant.to_gguf import Wishes, plan_gguf
 
@@ -106,7 +128,10 @@ def command(
         offline=offline,
         check_config=find_architecture,
     )
-    job = plan_gguf(source, Wishes(type_name, max_file_nbytes=split_max_size, **wishes))
+    choices = Choices(output_type, embedding_type, tensor_types, pure)
+    job = plan_gguf(
+        source, Wishes(type_name, max_file_nbytes=split_max_size, choices=choices, **wishes)
+    )
     if dry_run:
         return _print_plan(job, output, output_format)
     return _write(job, output, force, nan_policy, output_format)

@@ -5,7 +5,8 @@ a weighted one also takes `importance` float32 (n_columns,). They return False i
 minimum is beyond float16. LANES blocks go side by side, one a lane; past the last block, lanes
 repeat it. Kernels hold no lock and share nothing, so row blocks may run in several threads.
 
-In these types element j and element j + 16 of a block share a byte.
+`n` is the block size, always 32: were it a constant, LLVM would unroll every loop over a block,
+which takes longer to compile and runs hardly faster.
 # ref: quantize_row_q*_ref, quantize_row_q*_impl in ggml/src/ggml-quants.c of llama.cpp
 """
 
@@ -59,10 +60,10 @@ def place_blocks(w, first_block, block_nbytes, sources, targets):
 
 
 @njit
-def gather_blocks(flat, sources, rows):
-    """rows[i, k] = flat[sources[k] + i] for i < 32."""
-    gather16(flat, sources, rows, 0)
-    gather16(flat[16:], sources, rows, 16)
+def gather(flat, sources, rows, n):
+    """rows[i, k] = flat[sources[k] + i] for i < n."""
+    for i in range(0, n, 16):
+        gather16(flat[i:], sources, rows, i)
 
 
 @njit
@@ -74,19 +75,20 @@ def write_float16(value, out, targets, at):
 
 
 @njit
-def write_low_bits(q, out, targets, at):
+def write_low_bits(q, n, out, targets, at):
     """qs: byte j holds the low four bits of q[j] and, above them, of q[j + 16]."""
-    for j in range(0, 16, 2):
-        even = load(q, j) & 15 | (load(q, j + 16) & 15) << 4
-        odd = load(q, j + 1) & 15 | (load(q, j + 17) & 15) << 4
+    half = n // 2
+    for j in range(0, half, 2):
+        even = load(q, j) & 15 | (load(q, j + half) & 15) << 4
+        odd = load(q, j + 1) & 15 | (load(q, j + 1 + half) & 15) << 4
         scatter_halves(even | odd << 8, out, targets, at + j)
 
 
 @njit
-def write_fifth_bits(q, out, targets, at):
+def write_fifth_bits(q, n, out, targets, at):
     """qh: bit j holds bit 4 of q[j]."""
     qh = splat(0)
-    for j in range(BLOCK):
+    for j in range(n):
         qh = qh | (load(q, j) >> 4) << j
     scatter_halves(qh, out, targets, at)
     scatter_halves(qh >> 16, out, targets, at + 2)
@@ -119,27 +121,27 @@ def minimum(a, b):
 
 
 @njit
-def largest_magnitude(x):
+def largest_magnitude(x, n):
     largest = splat(ZERO)
-    for j in range(BLOCK):
+    for j in range(n):
         v = fabs(load(x, j))
         largest = select(v > largest, v, largest)
     return largest
 
 
 @kernel
-def encode_q8_0(w, out):
+def encode_q8_0(w, n, out):
     """d, qs[32]: w ~ d * q, q in -127..127. # ref: quantize_row_q8_0_ref"""
     x = np.empty((BLOCK, LANES), F)
     sources, targets = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     finite = True
     for first_block in range(0, w.size // BLOCK, LANES):
         place_blocks(w, first_block, 34, sources, targets)
-        gather_blocks(w, sources, x)
-        d = largest_magnitude(x) / F(127)
+        gather(w, sources, x, n)
+        d = largest_magnitude(x, n) / F(127)
         inverse = invert(d)
         finite &= write_float16(d, out, targets, 0)
-        for j in range(0, BLOCK, 2):
+        for j in range(0, n, 2):
             even = round_half_away(load(x, j) * inverse)
             odd = round_half_away(load(x, j + 1) * inverse)
             scatter_halves(even & 255 | odd << 8, out, targets, 2 + j)
@@ -147,8 +149,8 @@ def encode_q8_0(w, out):
 
 
 @njit
-def encode_symmetric(w, out, n_bits):
-    """w ~ d * (q - 2 ** (n_bits - 1)). The weight of largest magnitude gets q = 0, exactly.
+def encode_symmetric(w, n, out, n_bits):
+    """w ~ d * (q - 2 ** (n_bits - 1)); d has the sign that gives the largest magnitude q = 0.
 
     # ref: quantize_row_q4_0_ref, quantize_row_q5_0_ref
     """
@@ -159,24 +161,24 @@ def encode_symmetric(w, out, n_bits):
     finite = True
     for first_block in range(0, w.size // BLOCK, LANES):
         place_blocks(w, first_block, block_nbytes, sources, targets)
-        gather_blocks(w, sources, x)
-        extreme, _ = extreme_of(x, 0, BLOCK)
+        gather(w, sources, x, n)
+        extreme, _ = extreme_of(x, 0, n)
         d = extreme / -zero_level
         inverse = invert(d)
         # With no inverse every q is 0 (see `invert`), unless d itself is 0.
         offset = select((inverse == ZERO) & (d != ZERO), ZERO, splat(zero_level + F(0.5)))
-        for j in range(BLOCK):
+        for j in range(n):
             level = to_int(load(x, j) * inverse + offset)
             store(q, j, minimum(level, (1 << n_bits) - 1))
         finite &= write_float16(d, out, targets, 0)
         if n_bits == 5:
-            write_fifth_bits(q, out, targets, 2)
-        write_low_bits(q, out, targets, block_nbytes - 16)
+            write_fifth_bits(q, n, out, targets, 2)
+        write_low_bits(q, n, out, targets, block_nbytes - 16)
     return finite
 
 
 @njit
-def encode_with_min(w, out, n_bits):
+def encode_with_min(w, n, out, n_bits):
     """w ~ d * q + m, where m is the least weight. # ref: quantize_row_q4_1_ref, ..q5_1_ref"""
     q_max = (1 << n_bits) - 1
     block_nbytes = 20 if n_bits == 4 else 24
@@ -185,55 +187,55 @@ def encode_with_min(w, out, n_bits):
     finite = True
     for first_block in range(0, w.size // BLOCK, LANES):
         place_blocks(w, first_block, block_nbytes, sources, targets)
-        gather_blocks(w, sources, x)
+        gather(w, sources, x, n)
         low = load(x, 0)
         high = low
-        for j in range(1, BLOCK):
+        for j in range(1, n):
             v = load(x, j)
             low = select(v < low, v, low)
             high = select(v > high, v, high)
         d = (high - low) / F(q_max)
         inverse = invert(d)
-        for j in range(BLOCK):
+        for j in range(n):
             level = to_int((load(x, j) - low) * inverse + F(0.5))
             store(q, j, minimum(level, q_max))
         finite &= write_float16(d, out, targets, 0)
         finite &= write_float16(low, out, targets, 2)
         if n_bits == 5:
-            write_fifth_bits(q, out, targets, 4)
-        write_low_bits(q, out, targets, block_nbytes - 16)
+            write_fifth_bits(q, n, out, targets, 4)
+        write_low_bits(q, n, out, targets, block_nbytes - 16)
     return finite
 
 
 @kernel
-def encode_q4_0(w, out):
+def encode_q4_0(w, n, out):
     """d, qs[16]."""
-    return encode_symmetric(w, out, 4)
+    return encode_symmetric(w, n, out, 4)
 
 
 @kernel
-def encode_q5_0(w, out):
+def encode_q5_0(w, n, out):
     """d, qh[4], qs[16]."""
-    return encode_symmetric(w, out, 5)
+    return encode_symmetric(w, n, out, 5)
 
 
 @kernel
-def encode_q4_1(w, out):
+def encode_q4_1(w, n, out):
     """d, m, qs[16]."""
-    return encode_with_min(w, out, 4)
+    return encode_with_min(w, n, out, 4)
 
 
 @kernel
-def encode_q5_1(w, out):
+def encode_q5_1(w, n, out):
     """d, m, qh[4], qs[16]."""
-    return encode_with_min(w, out, 5)
+    return encode_with_min(w, n, out, 5)
 
 
 # --- a scale searched for, errors weighed by importance ------------------------------------------
 
 
 @njit
-def mean_squares(w, n_columns):
+def mean_squares(w, n_columns, n):
     """Mean of w**2 of each row, float32 (n_rows,), summed in order; LANES rows side by side."""
     n_rows = w.size // n_columns
     means = np.empty(n_rows, F)
@@ -243,10 +245,10 @@ def mean_squares(w, n_columns):
         for k in range(LANES):
             starts[k] = min(first_row + k, n_rows - 1) * n_columns
         sums = splat(ZERO)
-        for _ in range(0, n_columns, BLOCK):
-            gather_blocks(w, starts, x)
-            starts += BLOCK
-            for j in range(BLOCK):
+        for _ in range(0, n_columns, n):
+            gather(w, starts, x, n)
+            starts += n
+            for j in range(n):
                 v = load(x, j)
                 sums = sums + v * v
         store(total, 0, sums / F(n_columns))
@@ -256,7 +258,7 @@ def mean_squares(w, n_columns):
 
 
 @njit
-def weigh(w, sources, importance, means, x, columns, spread, weights):
+def weigh(w, n, sources, importance, means, x, columns, spread, weights):
     """Load blocks into x; weights[j] = importance * sqrt(mean of the row's w**2 + w**2).
 
     `columns` int64 (LANES,) and `spread` float32 (1, LANES) are scratch.
@@ -265,19 +267,19 @@ def weigh(w, sources, importance, means, x, columns, spread, weights):
     for k in range(LANES):
         columns[k] = sources[k] % n_columns
         spread[0, k] = means[sources[k] // n_columns]
-    gather_blocks(w, sources, x)
-    gather_blocks(importance, columns, weights)
-    for j in range(BLOCK):
+    gather(w, sources, x, n)
+    gather(importance, columns, weights, n)
+    for j in range(n):
         v = load(x, j)
         store(weights, j, load(weights, j) * sqrt(load(spread, 0) + v * v))
 
 
 @njit
-def encode_symmetric_weighted(w, importance, out, n_bits):
+def encode_symmetric_weighted(w, n, importance, out, n_bits):
     """# ref: quantize_row_q4_0_impl, quantize_row_q5_0_impl"""
     zero_level = F(1 << (n_bits - 1))
     block_nbytes = 18 if n_bits == 4 else 22
-    means = mean_squares(w, importance.size)
+    means = mean_squares(w, importance.size, n)
     x, q = np.empty((BLOCK, LANES), F), np.empty((BLOCK, LANES), np.int32)
     weights, spread = np.empty((BLOCK, LANES), F), np.empty((1, LANES), F)
     sources, targets = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
@@ -285,25 +287,25 @@ def encode_symmetric_weighted(w, importance, out, n_bits):
     finite = True
     for first_block in range(0, w.size // BLOCK, LANES):
         place_blocks(w, first_block, block_nbytes, sources, targets)
-        weigh(w, sources, importance, means, x, columns, spread, weights)
-        d, inverse = search_scale(x, 0, BLOCK, weights, zero_level)
-        for j in range(BLOCK):
+        weigh(w, n, sources, importance, means, x, columns, spread, weights)
+        d, inverse = search_scale(x, 0, n, weights, zero_level)
+        for j in range(n):
             level = clip(nearest_int(load(x, j) * inverse), -zero_level, zero_level - ONE)
             # A block of zeros has q = 0 here, not the zero level.
             store(q, j, to_int(select(inverse == ZERO, ZERO, level + zero_level)))
         finite &= write_float16(d, out, targets, 0)
         if n_bits == 5:
-            write_fifth_bits(q, out, targets, 2)
-        write_low_bits(q, out, targets, block_nbytes - 16)
+            write_fifth_bits(q, n, out, targets, 2)
+        write_low_bits(q, n, out, targets, block_nbytes - 16)
     return finite
 
 
 @njit
-def encode_with_min_weighted(w, importance, out, n_bits):
+def encode_with_min_weighted(w, n, importance, out, n_bits):
     """# ref: quantize_row_q4_1_impl, quantize_row_q5_1_impl"""
     q_max = F((1 << n_bits) - 1)
     block_nbytes = 20 if n_bits == 4 else 24
-    means = mean_squares(w, importance.size)
+    means = mean_squares(w, importance.size, n)
     x, q = np.empty((BLOCK, LANES), F), np.empty((BLOCK, LANES), np.int32)
     weights, spread = np.empty((BLOCK, LANES), F), np.empty((1, LANES), F)
     scratch = np.empty((BLOCK, LANES), F)
@@ -312,39 +314,39 @@ def encode_with_min_weighted(w, importance, out, n_bits):
     finite = True
     for first_block in range(0, w.size // BLOCK, LANES):
         place_blocks(w, first_block, block_nbytes, sources, targets)
-        weigh(w, sources, importance, means, x, columns, spread, weights)
+        weigh(w, n, sources, importance, means, x, columns, spread, weights)
         d, low, inverse, origin, _ = search_scale_and_min(
-            x, 0, BLOCK, weights, scratch, q_max, F(-0.9), F(0.05), 36, False
+            x, 0, n, weights, scratch, q_max, F(-0.9), F(0.05), 36, False
         )
-        for j in range(BLOCK):
+        for j in range(n):
             level = clip(nearest_int(inverse * (load(x, j) - origin)), ZERO, q_max)
             store(q, j, to_int(level))
         finite &= write_float16(d, out, targets, 0)
         finite &= write_float16(low, out, targets, 2)
         if n_bits == 5:
-            write_fifth_bits(q, out, targets, 4)
-        write_low_bits(q, out, targets, block_nbytes - 16)
+            write_fifth_bits(q, n, out, targets, 4)
+        write_low_bits(q, n, out, targets, block_nbytes - 16)
     return finite
 
 
 @kernel
-def encode_q4_0_weighted(w, importance, out):
-    return encode_symmetric_weighted(w, importance, out, 4)
+def encode_q4_0_weighted(w, n, importance, out):
+    return encode_symmetric_weighted(w, n, importance, out, 4)
 
 
 @kernel
-def encode_q5_0_weighted(w, importance, out):
-    return encode_symmetric_weighted(w, importance, out, 5)
+def encode_q5_0_weighted(w, n, importance, out):
+    return encode_symmetric_weighted(w, n, importance, out, 5)
 
 
 @kernel
-def encode_q4_1_weighted(w, importance, out):
-    return encode_with_min_weighted(w, importance, out, 4)
+def encode_q4_1_weighted(w, n, importance, out):
+    return encode_with_min_weighted(w, n, importance, out, 4)
 
 
 @kernel
-def encode_q5_1_weighted(w, importance, out):
-    return encode_with_min_weighted(w, importance, out, 5)
+def encode_q5_1_weighted(w, n, importance, out):
+    return encode_with_min_weighted(w, n, importance, out, 5)
 
 
 PLAIN = {

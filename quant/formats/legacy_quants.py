@@ -30,9 +30,10 @@ def _format(name: str, ggml_type: int, block_nbytes: int) -> Format:
         rows = np.empty((w.shape[0], this.row_nbytes(w.shape[1])), np.uint8)
         flat, out = w.reshape(-1), rows.reshape(-1)
         if importance is None or name not in legacy_kernels.WEIGHTED:
-            finite = legacy_kernels.PLAIN[name](flat, out)
+            finite = legacy_kernels.PLAIN[name](flat, BLOCK, out)
         else:
-            finite = legacy_kernels.WEIGHTED[name](flat, np.ascontiguousarray(importance), out)
+            importance = np.ascontiguousarray(importance)
+            finite = legacy_kernels.WEIGHTED[name](flat, BLOCK, importance, out)
         if not finite:
             raise Float16Overflow(f"{name}: a block's scale or minimum is beyond float16's 65504")
         return {"": rows}

@@ -1,0 +1,140 @@
+"""Which tensor gets which format: the same as the real llama_model_quantize, tensor by tensor."""
+
+import re
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import llama_oracle
+import numpy as np
+import pytest
+from model_makers import make_model
+
+from quant.errors import BadRecipe
+from quant.formats import FORMATS
+from quant.mixtures import FALLBACK, MIXTURES, Choices
+from quant.source import open_source
+from quant.to_gguf import Wishes, plan_gguf, write_gguf
+
+SHAPES = {
+    "gqa 1": ("llama2", {"num_attention_heads": 8, "num_key_value_heads": 8}),
+    "gqa 2, tied": ("qwen2-tied", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "gqa 4": ("qwen2", {"num_attention_heads": 8, "num_key_value_heads": 2}),
+    "qwen3 gqa 8": ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 1}),
+    "80 layers": ("qwen2", {"num_hidden_layers": 80, "num_attention_heads": 8}),
+    "80 layers, llama": ("llama2", {"num_hidden_layers": 80, "num_attention_heads": 8}),
+    "shared expert": ("qwen2moe", {"num_attention_heads": 8, "num_key_value_heads": 8}),
+    "4 experts": ("qwen3moe", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "8 experts": ("qwen3moe", {"num_experts": 8, "num_attention_heads": 8}),
+    "odd rows": ("qwen2", {"hidden_size": 288, "intermediate_size": 328, "num_attention_heads": 4}),
+}
+"""Name -> (architecture of model_makers, config): what the rules look at, in many combinations."""
+
+_PRINTED = re.compile(r"\] +(\S+) +- .*?type = +(\w+),(.*)")
+
+
+@pytest.fixture(scope="module")
+def bf16_files(tmp_path_factory):
+    """name -> a BF16 GGUF file of that shape, written by us."""
+    files = {}
+
+    def get(name: str) -> Path:
+        if name not in files:
+            base, config = SHAPES[name]
+            folder = tmp_path_factory.mktemp("shape")
+            common = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 20}
+            if "moe" in base:
+                common |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+            make_model(base, folder / "model", **{**common, **config})
+            job = plan_gguf(open_source(str(folder / "model")), Wishes("BF16"))
+            write_gguf(job, folder / "bf16.gguf")
+            files[name] = folder / "bf16.gguf"
+        return files[name]
+
+    return get
+
+
+def quantize(source: Path, output: Path, mixture, dry_run=False, pure=False) -> None:
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.dry_run, params.pure = mixture.file_type, 1, dry_run, pure
+    llama_oracle.listen()
+    result = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), params)
+    assert result == 0, "".join(llama_oracle.LOG[-4:])
+
+
+def llama_types(source: Path, mixture, pure: bool) -> dict[str, str]:
+    """Tensor name -> format that llama.cpp would choose, from what its dry run prints."""
+    quantize(source, source.with_suffix(".none"), mixture, dry_run=True, pure=pure)
+    found = {}
+    for line in "".join(llama_oracle.LOG).splitlines():
+        if match := _PRINTED.search(line):
+            name, stored, rest = match.groups()
+            target = re.search(r"\((\w+)\)\s*$", rest)
+            found[name] = (target.group(1) if target else stored).upper()
+    return found
+
+
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_choice_is_llama_cpp_s(shape, pure, bf16_files):
+    source = bf16_files(shape)
+    checked = 0
+    for mixture in MIXTURES.values():
+        if mixture.name in ("F32", "F16", "BF16"):
+            continue
+        choices = Choices(pure=pure)
+        job = plan_gguf(open_source(str(source)), Wishes(mixture.name, choices=choices))
+        ours = {a.name: a.format.name for a in job.plan.assignments}
+        theirs = llama_types(source, mixture, pure)
+        assert ours == theirs, mixture.name
+        checked += len(ours)
+    assert checked > 1000
+
+
+NEED_NO_IMPORTANCE = [n for n in MIXTURES if not n.startswith(("IQ", "F", "BF")) and n != "Q2_K_S"]
+
+
+@pytest.mark.parametrize("name", NEED_NO_IMPORTANCE)
+def test_whole_files_hold_llama_cpp_s_bytes(name, tiny_qwq, tmp_path):
+    for output, source, type_name in (("bf16", tiny_qwq, "BF16"), ("ours", tiny_qwq, name)):
+        job = plan_gguf(open_source(str(source)), Wishes(type_name))
+        write_gguf(job, tmp_path / f"{output}.gguf")
+    quantize(tmp_path / "bf16.gguf", tmp_path / "theirs.gguf", MIXTURES[name])
+    ours = {t.name: t for t in gguf.GGUFReader(tmp_path / "ours.gguf").tensors}
+    theirs = gguf.GGUFReader(tmp_path / "theirs.gguf").tensors
+    assert len(ours) == len(theirs) == 75
+    for tensor in theirs:
+        assert tensor.tensor_type == ours[tensor.name].tensor_type
+        assert np.array_equal(tensor.data, ours[tensor.name].data), tensor.name
+
+
+def plan(model, mixture="Q4_K_M", **choices):
+    job = plan_gguf(open_source(str(model)), Wishes(mixture, choices=Choices(**choices)))
+    return {a.name: a.format.name for a in job.plan.assignments}
+
+
+def test_choices_by_hand(tiny_qwq):
+    usual = plan(tiny_qwq)
+    chosen = plan(
+        tiny_qwq,
+        output_type="Q8_0",
+        embedding_type="Q5_0",
+        tensor_types=((r"blk\.0\.", "F16"), ("attn_v", "Q8_0")),
+    )
+    assert chosen["output.weight"] == "Q8_0" and chosen["token_embd.weight"] == "Q5_0"
+    assert chosen["blk.0.attn_v.weight"] == "F16"  # the first match wins
+    assert chosen["blk.1.attn_v.weight"] == "Q8_0"
+    assert chosen["blk.0.attn_norm.weight"] == "F32"
+    rest = [n for n in usual if "blk.0." not in n and "attn_v" not in n and n.startswith("blk")]
+    assert all(chosen[n] == usual[n] for n in rest)  # no pattern was shifted
+
+
+def test_a_pattern_that_matches_nothing_speaks(tiny_qwq):
+    with pytest.raises(BadRecipe, match="down_porj"):
+        plan(tiny_qwq, tensor_types=(("ffn_down_porj", "Q8_0"),))
+
+
+def test_every_fallback_exists():
+    for wanted, fallback in FALLBACK.items():
+        if wanted in FORMATS:
+            assert FORMATS[fallback].block_size == 32
