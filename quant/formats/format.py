@@ -75,3 +75,28 @@ def gguf_decoder(ggml_type: int) -> Callable[[Encoded, tuple[int, ...]], np.ndar
         return dequantize(parts[""], GGMLQuantizationType(ggml_type)).reshape(shape)
 
     return decode
+
+
+Run = Callable[[np.ndarray, np.ndarray, np.ndarray], bool]
+"""A kernel: (weights, importance, out), all flat; importance is empty if there is none. It writes
+the blocks into `out` (uint8) and returns False if a scale is infinite in float16."""
+
+
+def kernel_format(
+    name: str, ggml_type: int, block_size: int, block_nbytes: int, run: Run
+) -> Format:
+    """A GGUF type whose blocks a compiled kernel writes."""
+
+    def encode(w: np.ndarray, importance: np.ndarray | None = None) -> Encoded:
+        check_arguments(w, importance)
+        rows = np.empty((len(w), this.row_nbytes(w.shape[1])), np.uint8)
+        if importance is None:
+            importance = np.empty(0, np.float32)
+        # A read-only array is another type to numba, and would be compiled for again.
+        flat, importance = (np.require(a, requirements="CAW") for a in (w, importance))
+        if not run(flat.reshape(-1), importance, rows.reshape(-1)):
+            raise Float16Overflow(f"{name}: a block's scale or minimum is beyond float16's 65504")
+        return {"": rows}
+
+    this = Format(name, ggml_type, block_size, block_nbytes, encode, gguf_decoder(ggml_type))
+    return this

@@ -18,28 +18,18 @@ Bytes are those of llama.cpp's library on x86-64.
 
 import numpy as np
 
-from quant.formats.format import Encoded, Float16Overflow, Format, check_arguments, gguf_decoder
+from quant.formats.format import Format, kernel_format
 
 BLOCK = 256
 
 
 def _format(name: str, ggml_type: int, block_nbytes: int) -> Format:
-    def encode(w: np.ndarray, importance: np.ndarray | None = None) -> Encoded:
+    def run(w: np.ndarray, importance: np.ndarray, out: np.ndarray) -> bool:
         from quant.formats import k_kernels  # numba: 0.15 s, which --help need not pay
 
-        check_arguments(w, importance)
-        rows = np.empty((w.shape[0], this.row_nbytes(w.shape[1])), np.uint8)
-        if importance is None:
-            importance = np.empty(0, np.float32)
-        # A read-only array is another type to numba, and would be compiled for again.
-        flat, importance = (np.require(a, requirements="CAW") for a in (w, importance))
-        kernel = getattr(k_kernels, f"encode_{name.lower()}")
-        if not kernel(flat.reshape(-1), importance, rows.reshape(-1)):
-            raise Float16Overflow(f"{name}: a block's scale or minimum is beyond float16's 65504")
-        return {"": rows}
+        return getattr(k_kernels, f"encode_{name.lower()}")(w, importance, out)
 
-    this = Format(name, ggml_type, BLOCK, block_nbytes, encode, gguf_decoder(ggml_type))
-    return this
+    return kernel_format(name, ggml_type, BLOCK, block_nbytes, run)
 
 
 K_QUANTS = (

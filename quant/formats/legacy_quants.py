@@ -11,35 +11,20 @@ Bytes are those of llama.cpp's library on x86-64.
 
 import numpy as np
 
-from quant.formats.format import (
-    Encoded,
-    Float16Overflow,
-    Format,
-    check_arguments,
-    gguf_decoder,
-)
+from quant.formats.format import Format, kernel_format
 
 BLOCK = 32
 
 
 def _format(name: str, ggml_type: int, block_nbytes: int) -> Format:
-    def encode(w: np.ndarray, importance: np.ndarray | None = None) -> Encoded:
+    def run(w: np.ndarray, importance: np.ndarray, out: np.ndarray) -> bool:
         from quant.formats import legacy_kernels  # numba: 0.15 s, which --help need not pay
 
-        check_arguments(w, importance)
-        rows = np.empty((w.shape[0], this.row_nbytes(w.shape[1])), np.uint8)
-        flat, out = w.reshape(-1), rows.reshape(-1)
-        if importance is None or name not in legacy_kernels.WEIGHTED:
-            finite = legacy_kernels.PLAIN[name](flat, BLOCK, out)
-        else:
-            importance = np.ascontiguousarray(importance)
-            finite = legacy_kernels.WEIGHTED[name](flat, BLOCK, importance, out)
-        if not finite:
-            raise Float16Overflow(f"{name}: a block's scale or minimum is beyond float16's 65504")
-        return {"": rows}
+        if len(importance) and name in legacy_kernels.WEIGHTED:
+            return legacy_kernels.WEIGHTED[name](w, BLOCK, importance, out)
+        return legacy_kernels.PLAIN[name](w, BLOCK, out)
 
-    this = Format(name, ggml_type, BLOCK, block_nbytes, encode, gguf_decoder(ggml_type))
-    return this
+    return kernel_format(name, ggml_type, BLOCK, block_nbytes, run)
 
 
 LEGACY_QUANTS = (
