@@ -259,8 +259,11 @@ def hyperparameters(
     """
     arch = architecture.gguf_name
     eps = config.get("rms_norm_eps")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise BadInput('"rms_norm_eps" in config.json is missing or no number between 0 and 1.')
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 1e-30 < eps < 1:
+        raise BadInput(
+            '"rms_norm_eps" in config.json is missing, or no number between 0 and 1 that 32-bit '
+            "floats can hold."
+        )
     metadata = {
         "block_count": Value("u32", size.n_layers),
         "context_length": Value("u32", size.context),

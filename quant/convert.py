@@ -114,7 +114,8 @@ def encode_rows(
             raise NonFinite
     if dtype == format.name:
         return rows.view(np.uint8), n_zeroed
-    return format.encode(to_float32(rows, dtype))[""], n_zeroed
+    w = to_float32(rows, dtype)
+    return format.encode(w, assignment.importance_of(start))[""], n_zeroed
 
 
 def _copy_rows(assignment: Assignment, reader: TensorReader, start: int, stop: int) -> np.ndarray:

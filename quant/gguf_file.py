@@ -19,6 +19,7 @@ import re
 import stat
 import struct
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,18 @@ def encode_metadata(metadata: Metadata) -> bytes:
     return b"".join(parts)
 
 
+def metadata_nbytes_at_most(metadata: Metadata) -> int:
+    """An upper bound of encode_metadata's length, without encoding 300,000 strings."""
+    total = 0
+    for key, value in metadata.items():
+        is_text, n = value.type.endswith(("str", "str]")), 1
+        if value.element_type is not None:
+            n = len(value.data)
+        texts = value.data if value.element_type else [value.data]
+        total += 4 * len(key) + 64 + 8 * n + (4 * sum(map(len, texts)) if is_text else 0)
+    return total
+
+
 def encode_header(
     encoded_metadata: bytes, n_keys: int, tensors: list[TensorEntry], alignment: int
 ) -> bytes:
@@ -139,8 +152,12 @@ def encode_header(
     return header.ljust(padded(len(header), alignment), b"\0")
 
 
+def _raw(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+
+
 def _encode_string(text: str | bytes) -> bytes:
-    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    raw = _raw(text)
     return _LENGTH.pack(len(raw)) + raw
 
 
@@ -150,7 +167,9 @@ def _encode_value(value: Value) -> bytes:
         return struct.pack("<I", SCALAR_TYPES[value.type]) + _encode_scalar(value.type, value.data)
     head = struct.pack("<IIQ", ARRAY, SCALAR_TYPES[element], len(value.data))
     if element == "str":
-        return head + b"".join(map(_encode_string, value.data))
+        raws = list(map(_raw, value.data))
+        lengths = map(_LENGTH.pack, map(len, raws))
+        return head + b"".join(chain.from_iterable(zip(lengths, raws, strict=True)))
     return head + np.asarray(value.data, dtype=_NUMPY[element]).tobytes()
 
 

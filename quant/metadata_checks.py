@@ -4,12 +4,15 @@ Refused is what llama.cpp aborts on or computes wrongly; warned about is what it
 """
 
 import math
+from collections.abc import Iterator
+
+import numpy as np
 
 from quant.display import printable
 from quant.errors import BadRecipe
 from quant.gguf_file import Metadata
 from quant.metadata_keys import ARCHITECTURES, SCALING_TYPES, SPECIAL_IDS, expected, is_read
-from quant.overrides import number
+from quant.overrides import FLOAT_FORMATS, number
 from quant.rope import yarn_magnitude
 from quant.sampling import check_sampling
 
@@ -24,7 +27,9 @@ def check_metadata(
     too, but for the length of the vocabulary, which the loader takes the embedding's shape from.
     """
     _check_vocabulary_length(metadata, n_vocab_rows)
-    warnings = []
+    unread = dict(_not_as_expected(metadata, arch))
+    warnings = list(unread.values())
+    metadata = {key: value for key, value in metadata.items() if key not in unread}
     for check, *arguments in (
         (check_sampling,),
         (_check_rope_scaling, arch),
@@ -44,12 +49,25 @@ def check_metadata(
     return warnings
 
 
-def _numbers(metadata: Metadata, key: str) -> list[float]:
+def _not_as_expected(metadata: Metadata, arch: str) -> Iterator[tuple[str, str]]:
+    """Known keys of a type that their readers do not take, or not finite; with a warning each.
+
+    Only a GGUF file from elsewhere, or force, can bring them here. The checks leave them aside.
+    """
+    for key, value in metadata.items():
+        known = expected(key, arch)
+        shown = printable(key, 100)
+        if known is not None and value.type not in known.types:
+            wanted = " or ".join(known.types)
+            yield key, f"{shown} is stored as {value.type}; readers want {wanted}."
+        elif value.type in FLOAT_FORMATS and not math.isfinite(value.data):
+            yield key, f"{shown} is {value.data}, which is no setting."
+
+
+def _numbers(metadata: Metadata, key: str) -> list[int]:
     """The number, or the numbers layer by layer, under this key."""
     value = metadata.get(key)
-    if value is None or value.type in ("str", "bool", "arr[str]", "arr[bool]"):
-        return []
-    return list(value.data) if value.type.startswith("arr[") else [value.data]
+    return [] if value is None else np.atleast_1d(value.data).tolist()
 
 
 def _length(metadata: Metadata, key: str) -> int | None:
@@ -133,7 +151,8 @@ def _check_attn_factor(metadata: Metadata, arch: str) -> list[str]:
         return []
     kind = metadata.get(f"{arch}.rope.scaling.type")
     factor = number(metadata, f"{arch}.rope.scaling.factor")
-    own = yarn_magnitude(factor) if kind and kind.data == "yarn" and factor else 1.0
+    yarn = kind is not None and kind.data == "yarn" and factor is not None and factor >= 1
+    own = yarn_magnitude(factor) if yarn else 1.0
     what = (
         f"rope.scaling.attn_factor {attn_factor:g} comes on top of llama.cpp's own "
         f"{own:.4f}: cos and sin are multiplied by {attn_factor * own:.4f} in effect."

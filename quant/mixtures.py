@@ -86,6 +86,9 @@ FALLBACK = {
 }
 """What replaces a format of 256-weight blocks where rows do not fill them."""
 
+NEEDS_IMPORTANCE = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+"""Too coarse to be of use where every weight counts alike."""
+
 KEPT_EXACT = ("_norm.weight", "ffn_gate_inp.weight")
 """Norms and routers: tiny, and a wrong choice of expert costs more than any rounding."""
 
@@ -242,6 +245,14 @@ def assign_formats(
     tied = all(t.name != "output.weight" for t in tensors)
     places = _places(tensors, model, choices.has_importance, mixture)
     return [Assignment(t, *_choose(t, mixture, places.get(t.name), tied, choices)) for t in tensors]
+
+
+def needs_importance(assignment: Assignment, mixture: Mixture) -> bool:
+    """Whether llama.cpp refuses this choice without an importance matrix."""
+    if assignment.name in ("token_embd.weight", "output.weight"):
+        return False
+    name = assignment.format.name
+    return name in NEEDS_IMPORTANCE or (name == "Q2_K" and mixture.name == "Q2_K_S")
 
 
 def _check_patterns(tensors: list[Assembly], choices: Choices) -> None:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from quant.assembly import Assembly
 from quant.formats.format import Format
 from quant.gguf_file import DEFAULT_ALIGNMENT, padded
@@ -18,6 +20,13 @@ class Assignment:
     source: Assembly
     format: Format
     rule: str  # why this format, in words
+    importance: np.ndarray | None = None  # float32 (n_matrices, n_columns), from an imatrix
+
+    def importance_of(self, row: int) -> np.ndarray | None:
+        """The importance of the matrix that `row` belongs to: one a stacked expert."""
+        if self.importance is None:
+            return None
+        return self.importance[row * len(self.importance) // self.source.n_rows]
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ import psutil
 from quant.convert import WEIGHTS_AT_ONCE, worker_count
 from quant.display import human_bytes, printable
 from quant.errors import CannotCreate, OutputFailed, Unavailable
-from quant.gguf_file import Metadata, encode_metadata, padded
+from quant.gguf_file import Metadata, metadata_nbytes_at_most, padded
 from quant.plan import Plan
 
 BASE_NBYTES = 200 << 20
@@ -56,7 +56,7 @@ def measure_needs(plan: Plan, metadata: Metadata, folder: Path) -> Needs:
     at_once = max(WEIGHTS_AT_ONCE, widest) * (3 * worker_count() + 1)
     return Needs(
         disk=sum(padded(a.nbytes, plan.alignment) for a in plan.assignments)
-        + len(encode_metadata(metadata))
+        + metadata_nbytes_at_most(metadata)
         + TENSOR_ENTRY_NBYTES * len(plan.assignments)
         + (1 << 20),  # the manifest, and what the file system itself takes
         disk_free=status.f_bavail * status.f_frsize,

@@ -201,6 +201,10 @@ def _yarn_metadata(config: dict, parameters: dict) -> tuple[Metadata, list[str]]
                 "and GGUF has no key it would read for it."
             )
     reach = round(original * factor)
+    if reach >= 2**31:
+        raise _bad_rope(
+            f"YaRN stretches {original} tokens by {factor:g}", "No context can be that long."
+        )
     if reach > longest:
         metadata["context_length"] = Value("u32", reach)
         warnings.append(
@@ -301,13 +305,13 @@ def _one_dict(parameters: object, place: str) -> dict:
 
 
 def _positive(parameters: dict, name: str, at_least: float = 0) -> float:
-    """A finite number above 0 and not below `at_least`. Raises BadInput."""
+    """A number that float32 holds, above 0 and not below `at_least`. Raises BadInput."""
     value = parameters.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         what = f"{name} is missing" if value is None else f"{name} is {printable(value, 40)}"
         raise _bad_rope(what, "A number is needed.")
-    if not 0 < value < 1e30 or value < at_least:
-        limit = f"at least {at_least:g}" if at_least else "above 0"
+    if not 1e-30 < value < 1e30 or value < at_least:
+        limit = f"at least {at_least:g}" if at_least else "above 0 in 32-bit floats"
         raise _bad_rope(f"{name} is {printable(value, 40)}", f"It must be finite and {limit}.")
     return float(value)
 

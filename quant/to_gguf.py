@@ -21,12 +21,20 @@ from quant.assembly import Assembly, Piece
 from quant.checkpoint import Checkpoint
 from quant.convert import Change, Progress, convert
 from quant.display import printable
-from quant.errors import BadInput, CannotCreate, InputMissing, UsageError
+from quant.errors import BadInput, BadRecipe, CannotCreate, InputMissing, UsageError
 from quant.formats.format import Format
 from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, TensorEntry, Value, split_paths
+from quant.importance import importance_metadata, match_importance, read_importance
 from quant.metadata import QUANTIZATION_VERSION, general_metadata
 from quant.metadata_checks import check_metadata
-from quant.mixtures import MIXTURES, Choices, Model, assign_formats
+from quant.mixtures import (
+    MIXTURES,
+    Choices,
+    Mixture,
+    Model,
+    assign_formats,
+    needs_importance,
+)
 from quant.overrides import apply_overrides, shorthand_overrides
 from quant.plan import Assignment, Plan
 from quant.preflight import Needs
@@ -35,7 +43,7 @@ from quant.sampling import read_profile, sampling_from_generation_config
 from quant.sinks.gguf import GgufSink, WrittenFile, split_metadata
 from quant.source import Source, source_files
 from quant.tensors import WEIGHT_DTYPES, TensorReader
-from quant.tokenizer import read_vocabulary
+from quant.vocabulary import read_vocabulary
 
 DEFAULT_TYPE = "Q8_0"
 
@@ -58,7 +66,8 @@ class Wishes:
     sampling: str | None = None  # a profile, a TOML file, or "none"
     pre_tokenizer: str | None = None
     max_file_nbytes: int | None = None
-    choices: Choices = Choices()
+    choices: Choices = field(default_factory=Choices)
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,36 @@ def _plan_checkpoint(checkpoint: Checkpoint, wishes: Wishes) -> Job:
         **vocabulary.metadata(),
     }
     notes = (*notes, *warnings, *rope_warnings, *vocabulary.notes)
-    assignments = assign_formats(tensors, mixture, Model.from_metadata(metadata), wishes.choices)
+    assignments, more, more_notes = _assign(tensors, mixture, metadata, wishes)
     plan = Plan(tuple(assignments), wishes.max_file_nbytes)
-    return Job(checkpoint, plan, metadata, mixture.name, notes)
+    return Job(checkpoint, plan, {**metadata, **more}, mixture.name, (*notes, *more_notes))
+
+
+def _assign(
+    tensors: list[Assembly], mixture: Mixture, metadata: Metadata, wishes: Wishes
+) -> tuple[list[Assignment], Metadata, list[str]]:
+    """Formats for all tensors, with their importance; metadata and notes about the latter.
+
+    Raises BadRecipe if a format needs an importance matrix and there is none.
+    """
+    matrix = None if wishes.imatrix is None else read_importance(wishes.imatrix)
+    choices = replace(wishes.choices, has_importance=matrix is not None)
+    assignments = assign_formats(tensors, mixture, Model.from_metadata(metadata), choices)
+    needed = {a.name for a in assignments if needs_importance(a, mixture)}
+    if matrix is None:
+        if needed:
+            raise BadRecipe(
+                f"{mixture.name} needs an importance matrix for {len(needed)} tensors, such as "
+                f"{printable(min(needed))}.",
+                "Without knowing which weights matter, so few bits leave nothing of the model.",
+                "Give one with --imatrix FILE (llama.cpp's llama-imatrix makes them), or choose a "
+                "larger type.",
+            )
+        return assignments, {}, []
+    shapes = {a.name: a.source.shape for a in assignments if a.format.block_size > 1}
+    values, notes = match_importance(matrix, shapes, needed)
+    assignments = [replace(a, importance=values.get(a.name)) for a in assignments]
+    return assignments, importance_metadata(matrix), notes
 
 
 def model_name(checkpoint: Checkpoint) -> str:
@@ -131,22 +167,24 @@ def model_name(checkpoint: Checkpoint) -> str:
 
 def _plan_gguf_copy(gguf: GgufFile, wishes: Wishes) -> Job:
     """The tensors of a GGUF file as they are, or encoded anew if they are 16 bits or more."""
+    if not gguf.tensors:
+        raise BadInput(f"{printable(gguf.path)} holds no tensors.", "There is nothing to convert.")
     metadata = dict(gguf.metadata)
     tensors = [
         Assembly(info.name, info.shape, (Piece.whole(info),)) for info in gguf.tensors.values()
     ]
     if wishes.type_name is None:
-        copies = (Assignment(t, _stored_format(t), "copied as it is") for t in tensors)
-        type_name = _main_type(tensors)
+        copies = [Assignment(t, _stored_format(t), "copied as it is") for t in tensors]
+        type_name, notes = _main_type(tensors), []
     else:
         mixture = MIXTURES[wishes.type_name]
         _refuse_requantizing(gguf, mixture.name)
-        model = Model.from_metadata(metadata)
-        copies, type_name = assign_formats(tensors, mixture, model, wishes.choices), mixture.name
+        copies, more, notes = _assign(tensors, mixture, metadata, wishes)
+        metadata, type_name = {**metadata, **more}, mixture.name
         metadata["general.file_type"] = Value("u32", mixture.file_type)
         metadata["general.quantization_version"] = Value("u32", QUANTIZATION_VERSION)
     plan = Plan(tuple(copies), wishes.max_file_nbytes, alignment=gguf.alignment)
-    return Job(gguf, plan, metadata, type_name)
+    return Job(gguf, plan, metadata, type_name, tuple(notes))
 
 
 def _stored_format(tensor: Assembly) -> Format:
@@ -176,7 +214,8 @@ def _refuse_requantizing(gguf: GgufFile, type_name: str) -> None:
 def _with_wishes(job: Job, wishes: Wishes) -> Job:
     """The job with settings, shorthands and overrides applied, and the metadata checked."""
     metadata = dict(job.metadata)
-    architecture = metadata.get("general.architecture", Value("str", "")).data
+    named = metadata.get("general.architecture")
+    architecture = named.data if named is not None and named.type == "str" else ""
     if wishes.sampling is not None:
         metadata = {k: v for k, v in metadata.items() if not k.startswith("general.sampling.")}
         if wishes.sampling != "none":

@@ -68,6 +68,7 @@ REFUSED = {
     "heads": ("qwen2", {"num_key_value_heads": 3}, "cannot share"),
     "head size": ("qwen2", {"head_dim": 64}, "head_dim 64 x 4 heads"),
     "epsilon": ("qwen2", {"rms_norm_eps": 0}, '"rms_norm_eps"'),
+    "epsilon of nothing": ("qwen2", {"rms_norm_eps": 1e-300}, '"rms_norm_eps" .* 32-bit'),
     "activation": ("qwen2", {"hidden_act": "gelu"}, "gelu"),
     "shape": ("qwen2", {"intermediate_size": 200}, "do not belong together"),
     "missing layer": ("qwen2", {"num_hidden_layers": 4}, "no tensor model.layers.3"),
@@ -93,6 +94,19 @@ REFUSED = {
     "routing": ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
     "routing 2": ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob is true"),
     "experts": ("qwen3moe", {"num_local_experts": 5}, "5 x 128"),
+    "theta of nothing": (
+        "llama2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e-300}}, "32-bit"
+    ),
+    "endless context": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 1e9,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "YaRN stretches 64 tokens by 1e\\+09",
+    ),
     "llama3 rope": (
         "qwen2",
         {

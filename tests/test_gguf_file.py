@@ -18,6 +18,7 @@ from quant.gguf_file import (
     Value,
     encode_header,
     encode_metadata,
+    metadata_nbytes_at_most,
     open_gguf,
     tensor_nbytes,
 )
@@ -264,6 +265,15 @@ def test_split_files_are_merged(tmp_path):
     part(0, "a", total=3)
     with pytest.raises(BadInput, match="hold 2 tensors"):
         open_gguf(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_the_bound_of_the_header_is_one():
+    assert len(encode_metadata(METADATA)) <= metadata_nbytes_at_most(METADATA)
+    wide = {
+        "k": Value("arr[str]", ["\U0001f999" * 9, ""]),
+        "\U0001f999": Value("str", "\U0001f999"),
+    }
+    assert len(encode_metadata(wide)) <= metadata_nbytes_at_most(wide)
 
 
 def test_tensor_nbytes():

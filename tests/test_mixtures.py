@@ -1,5 +1,6 @@
 """Which tensor gets which format: the same as the real llama_model_quantize, tensor by tensor."""
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from model_makers import make_model
 
+from quant.assembly import Assembly, Piece
 from quant.errors import BadRecipe
 from quant.formats import FORMATS
-from quant.mixtures import FALLBACK, MIXTURES, Choices
+from quant.gguf_file import open_gguf
+from quant.mixtures import FALLBACK, MIXTURES, Choices, Model, assign_formats
 from quant.source import open_source
 from quant.to_gguf import Wishes, plan_gguf, write_gguf
 
@@ -54,17 +57,30 @@ def bf16_files(tmp_path_factory):
     return get
 
 
-def quantize(source: Path, output: Path, mixture, dry_run=False, pure=False) -> None:
+def quantize(
+    source: Path, output: Path, mixture, dry_run=False, pure=False, importance=None
+) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
+    if importance:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+        for entry, (name, values) in zip(entries, importance.items(), strict=False):
+            flat = np.ascontiguousarray(values.ravel())
+            importance[name] = flat.reshape(values.shape)  # keeps it alive
+            entry.name = name.encode()
+            entry.data = flat.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = flat.size
+        params.imatrix = entries
     params.ftype, params.nthread, params.dry_run, params.pure = mixture.file_type, 1, dry_run, pure
     llama_oracle.listen()
     result = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), params)
     assert result == 0, "".join(llama_oracle.LOG[-4:])
 
 
-def llama_types(source: Path, mixture, pure: bool) -> dict[str, str]:
+def llama_types(source: Path, mixture, pure: bool, with_importance: bool) -> dict[str, str]:
     """Tensor name -> format that llama.cpp would choose, from what its dry run prints."""
-    quantize(source, source.with_suffix(".none"), mixture, dry_run=True, pure=pure)
+    importance = {"any.weight": np.ones((1, 32), np.float32)} if with_importance else None
+    output = source.with_suffix(".none")
+    quantize(source, output, mixture, dry_run=True, pure=pure, importance=importance)
     found = {}
     for line in "".join(llama_oracle.LOG).splitlines():
         if match := _PRINTED.search(line):
@@ -74,18 +90,19 @@ def llama_types(source: Path, mixture, pure: bool) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("options", ["", "pure", "with importance"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_choice_is_llama_cpp_s(shape, pure, bf16_files):
-    source = bf16_files(shape)
+def test_every_choice_is_llama_cpp_s(shape, options, bf16_files):
+    source = open_gguf(bf16_files(shape))
+    tensors = [Assembly(t.name, t.shape, (Piece.whole(t),)) for t in source.tensors.values()]
+    model = Model.from_metadata(source.metadata)
+    choices = Choices(pure=options == "pure", has_importance=options == "with importance")
     checked = 0
     for mixture in MIXTURES.values():
         if mixture.name in ("F32", "F16", "BF16"):
             continue
-        choices = Choices(pure=pure)
-        job = plan_gguf(open_source(str(source)), Wishes(mixture.name, choices=choices))
-        ours = {a.name: a.format.name for a in job.plan.assignments}
-        theirs = llama_types(source, mixture, pure)
+        ours = {a.name: a.format.name for a in assign_formats(tensors, mixture, model, choices)}
+        theirs = llama_types(source.path, mixture, choices.pure, choices.has_importance)
         assert ours == theirs, mixture.name
         checked += len(ours)
     assert checked > 1000
@@ -106,6 +123,64 @@ def test_whole_files_hold_llama_cpp_s_bytes(name, tiny_qwq, tmp_path):
     for tensor in theirs:
         assert tensor.tensor_type == ours[tensor.name].tensor_type
         assert np.array_equal(tensor.data, ours[tensor.name].data), tensor.name
+
+
+@pytest.fixture(scope="module")
+def importance(tiny_qwq, tmp_path_factory):
+    """A random importance matrix for all layer tensors of tiny-qwq: file, and name -> float32."""
+    from quant.importance import write_importance
+
+    rng = np.random.default_rng(0)
+    job = plan_gguf(open_source(str(tiny_qwq)), Wishes("Q4_0"))
+    sums = {
+        a.name: rng.gamma(0.5, size=(1, a.source.n_columns)).astype(np.float32) * 100
+        for a in job.plan.assignments
+        if a.name.startswith("blk.") and a.format.block_size > 1
+    }
+    path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
+    counts = {name: np.full(1, 2048, np.float32) for name in sums}
+    write_importance(path, sums, counts, chunk_size=512, n_chunks=4, datasets=["random"])
+    return path, {name: values / np.float32(2048) for name, values in sums.items()}
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K_S"])
+def test_whole_files_with_importance_hold_llama_cpp_s_bytes(name, tiny_qwq, tmp_path, importance):
+    path, values = importance
+    job = plan_gguf(open_source(str(tiny_qwq)), Wishes("BF16"))
+    write_gguf(job, tmp_path / "bf16.gguf")
+    job = plan_gguf(open_source(str(tiny_qwq)), Wishes(name, imatrix=path))
+    write_gguf(job, tmp_path / "ours.gguf")
+    quantize(tmp_path / "bf16.gguf", tmp_path / "theirs.gguf", MIXTURES[name], importance=values)
+    ours = {t.name: t for t in gguf.GGUFReader(tmp_path / "ours.gguf").tensors}
+    for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors:
+        assert tensor.tensor_type == ours[tensor.name].tensor_type
+        assert np.array_equal(tensor.data, ours[tensor.name].data), tensor.name
+
+
+def test_stacked_experts_have_each_their_importance(bf16_files, tmp_path):
+    from quant.importance import write_importance
+
+    source = bf16_files("4 experts")
+    rng = np.random.default_rng(1)
+    sums = {}
+    for info in open_source(str(source)).tensors.values():
+        if info.name.startswith("blk.") and info.name.endswith("weight") and len(info.shape) > 1:
+            n = info.shape[0] if len(info.shape) == 3 else 1
+            sums[info.name] = rng.gamma(0.5, size=(n, info.shape[-1])).astype(np.float32)
+    counts = {name: np.full(len(v), 512, np.float32) for name, v in sums.items()}
+    write_importance(tmp_path / "i.gguf", sums, counts, 512, 1, ["random"])
+    job = plan_gguf(open_source(str(source)), Wishes("Q4_K_S", imatrix=tmp_path / "i.gguf"))
+    write_gguf(job, tmp_path / "ours.gguf")
+    values = {name: v / np.float32(512) for name, v in sums.items()}
+    quantize(source, tmp_path / "theirs.gguf", MIXTURES["Q4_K_S"], importance=values)
+    ours = {t.name: t for t in gguf.GGUFReader(tmp_path / "ours.gguf").tensors}
+    for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors:
+        assert np.array_equal(tensor.data, ours[tensor.name].data), tensor.name
+
+
+def test_a_type_that_needs_importance_and_has_none(tiny_qwq):
+    with pytest.raises(BadRecipe, match="needs an importance matrix"):
+        plan(tiny_qwq, "Q2_K_S")
 
 
 def plan(model, mixture="Q4_K_M", **choices):

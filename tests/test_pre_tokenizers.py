@@ -1,4 +1,4 @@
-"""The rules by which text is cut, recognised; test_tokenizer.py compares the cuts themselves."""
+"""The rules by which text is cut, recognised; test_byte_level.py compares the cuts themselves."""
 
 import pytest
 from tokenizer_makers import PRE_TOKENIZERS, byte_level, sample_texts, sequence, split
@@ -6,7 +6,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from quant import metadata_keys
 from quant.errors import BadInput, UsageError
-from quant.pre_tokenizers import (
+from quant.vocabulary.pre_tokenizers import (
     COVERS_ALL_TEXT,
     GPT2,
     GPT4O,

@@ -14,7 +14,7 @@ import gguf
 import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from quant.pre_tokenizers import KNOWN
+from quant.vocabulary.pre_tokenizers import KNOWN
 
 TEXTS = Path(__file__).parent / "texts"
 N_TOKENS = 3000

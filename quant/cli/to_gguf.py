@@ -12,7 +12,7 @@ from quant.cli import options
 # not import numpy; a test holds them against each other.
 TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S",
-    "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "TQ2_0", "TQ1_0",
+    "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S", "TQ2_0", "TQ1_0",
 )  # fmt: skip
 FORMATS = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K",
@@ -49,6 +49,11 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
     multiple=True,
     help="Format of the tensors whose GGUF name the regular expression is found in, for example "
     "'ffn_down=Q6_K' or 'blk\\.[0-3]\\.=Q8_0'. The first match wins. Repeatable.",
+)
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="Importance matrix of llama.cpp (GGUF or .dat): errors where inputs are large count more.",
 )
 @click.option("--pure", is_flag=True, help="The type's format for all, without its exceptions.")
 @click.option("--name", help="general.name of the model. [default: the folder's name]")
@@ -162,14 +167,14 @@ def _write(job, output: Path, force: bool, nan_policy: str, output_format: str) 
     for note in job.notes:
         click.echo(f"Note: {note}", err=True)
     started = time.monotonic()
-    plan = job.plan
-    with BytesProgress("Writing", plan.nbytes) as bar:
+    nbytes, n_weights = job.plan.nbytes, job.plan.n_weights
+    with BytesProgress("Writing", nbytes) as bar:
         result = write_gguf(
             job,
             path,
             force=force,
             nan_policy=nan_policy,
-            progress=lambda n: bar.advance(n * plan.nbytes // plan.n_weights),
+            progress=lambda n: bar.advance(n * nbytes // n_weights),
             verifying=lambda: bar.message("Reading it back"),
         )
     for change in result.changes:

@@ -6,7 +6,8 @@ its final name until every file was flushed, opened again, and compared with wha
 """
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from quant.gguf_file import (
 )
 
 READ_BACK_NBYTES = 8 << 20
+MOST_HASHES_BEHIND = 8
+"""Pieces that may wait in memory for their hash while the next ones are written."""
 
 
 def split_metadata(metadata: Metadata, index: int, n_files: int, n_tensors: int) -> Metadata:
@@ -73,6 +76,8 @@ class GgufSink:
         self._written: list[WrittenTensor] = []
         self._entry: TensorEntry | None = None
         self._hash = hashlib.sha256()
+        self._hashing: deque[Future] = deque()
+        self._other_core = ThreadPoolExecutor(1)  # one, so that bytes are hashed in order
         self._at = 0  # where the next byte of tensor data goes
         self._file = PendingFile(path)
 
@@ -89,12 +94,18 @@ class GgufSink:
 
     def append(self, encoded: np.ndarray) -> None:
         """The next bytes of the tensor begun: uint8, any shape, contiguous."""
-        self._hash.update(encoded)
+        self._hashing.append(self._other_core.submit(self._hash.update, encoded))
         self._file.write_at(self._data_start + self._at, encoded)
         self._at += encoded.nbytes
+        self._wait_for_hashes(MOST_HASHES_BEHIND)
+
+    def _wait_for_hashes(self, n_left: int) -> None:
+        while len(self._hashing) > n_left:
+            self._hashing.popleft().result()
 
     def end(self) -> None:
         """The tensor begun is complete."""
+        self._wait_for_hashes(0)
         self._written.append(WrittenTensor(self._entry, self._hash.hexdigest()))
         self._entry = None
         self._at = padded(self._at, self._alignment)
@@ -116,6 +127,7 @@ class GgufSink:
         self._file.publish()
 
     def discard(self) -> None:
+        self._other_core.shutdown()
         self._file.discard()
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from quant.display import printable
 from quant.errors import BadInput, UsageError
 from quant.metadata_keys import PRE_TOKENIZERS
+from quant.vocabulary.tokenizer_json import flatten
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -162,20 +163,6 @@ def read_steps(tokenizer: dict) -> tuple[str, ...]:
         steps += _read_step(part)
     # The map from bytes to letters is how every vocabulary of this kind is spelled, no cut.
     return tuple(steps[:-1] if steps and steps[-1] == "ByteLevel" else steps)
-
-
-def flatten(part: dict | None, children: str) -> list[dict]:
-    """A component of tokenizer.json as the list of its simple parts, Sequences opened.
-
-    Raises BadInput for a Sequence without a list.
-    """
-    if not isinstance(part, dict):
-        return []
-    if part.get("type") != "Sequence":
-        return [part]
-    if not isinstance(part.get(children), list):
-        raise BadInput(f"In tokenizer.json a Sequence has no list of {children}.")
-    return [leaf for child in part[children] for leaf in flatten(child, children)]
 
 
 def _read_step(part: dict) -> list[str]:
