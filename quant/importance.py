@@ -261,6 +261,8 @@ def _check_measured(path: Path, sums: dict[str, np.ndarray], counts: dict[str, n
     for name, array in sums.items():
         if array.dtype != np.float32 or array.ndim != 2 or counts[name].shape != array.shape[:1]:
             raise ValueError(f"{name}: sums {array.dtype} {array.shape}, {counts[name].shape}")
+        if (counts[name] < 0).any():
+            raise ValueError(f"{name}: a count is negative")
         _check_name(path, name + _SUMS)
         _check_values(path, name, _mean_square(array.copy(), counts[name]))
 

@@ -357,7 +357,7 @@ def _record(job: Job, path: Path, result: Result, sources: list[manifest.SourceF
         },
         **result_summary(job, result),
         "tensors": {
-            t.entry.name: {"type": t.entry.type, "sha256": t.sha256}
+            t.entry.name: {"type": t.entry.type, "xxh3_128": t.xxh3_128}
             for file in result.files
             for t in file.tensors
         },

@@ -7,13 +7,14 @@ stranger published.
 import copy
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.errors import QwqQuantError
+from quant.errors import BadInput, QwqQuantError
 from quant.gguf_file import TensorEntry, Value, encode_header, encode_metadata
 from quant.metadata_keys import KEYS
 from quant.overrides import INTEGER_RANGES
@@ -103,9 +104,20 @@ def assert_planned_or_refused(model: Path, wishes: Wishes) -> None:
     assert all(line.isprintable() for line in said), said
 
 
-@settings(max_examples=200, deadline=None)
+KINDS = (None, -1, "x", [1], {"a": 1})
+"""Values of the kinds that code mistakes for each other."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_kind_of_json_value_under_each_key(folder, name):
+    for key, value in product((*FILES[name], *ALSO_READ[name]), KINDS):
+        write_with(folder, {(name, (key,)): value})
+        assert_planned_or_refused(folder, Wishes("F16"))
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(PLACES), json_values, min_size=1, max_size=2))
-def test_any_json_value_in_any_place(folder, junk):
+def test_any_json_values_in_any_places(folder, junk):
     write_with(folder, junk)
     assert_planned_or_refused(folder, Wishes("F16"))
 
@@ -144,12 +156,40 @@ SETTINGS = {
 """Settings that the checks look at together."""
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(GGUF_KEYS), gguf_values, min_size=1, max_size=3))
-def test_any_typed_value_under_any_key(folder, junk):
+GGUF_KINDS = (
+    Value("i64", -1),
+    Value("f32", -1.0),
+    Value("f32", float("nan")),
+    Value("str", "x"),
+    Value("arr[str]", []),
+    Value("arr[i32]", [1, 2]),
+)
+"""Values that each reader of a key may meet: below 0, not finite, text, none, several."""
+
+
+def plan_junk(folder: Path, junk: dict[str, Value]) -> None:
+    """Write SETTINGS with other values to a GGUF file of one small tensor, and plan its copy."""
     metadata = SETTINGS | junk
     tensors = [TensorEntry("token_embd.weight", (2, 32), "F32", 0)]
     header = encode_header(encode_metadata(metadata), len(metadata), tensors, 32)
     path = folder / "junk.gguf"
     path.write_bytes(header + bytes(2 * 32 * 4))
     assert_planned_or_refused(path, Wishes())
+
+
+def test_each_kind_of_gguf_value_under_each_key(folder):
+    for key, value in product(GGUF_KEYS, GGUF_KINDS):
+        plan_junk(folder, {key: value})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(GGUF_KEYS), gguf_values, min_size=1, max_size=3))
+def test_any_typed_values_under_any_keys(folder, junk):
+    plan_junk(folder, junk)
+
+
+def test_a_gguf_file_without_tensors_is_refused(tmp_path):
+    path = tmp_path / "vocabulary.gguf"
+    path.write_bytes(encode_header(encode_metadata(SETTINGS), len(SETTINGS), [], 32))
+    with pytest.raises(BadInput, match="no tensors"):
+        plan_gguf(open_source(str(path)), Wishes())

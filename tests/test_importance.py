@@ -438,6 +438,12 @@ def test_other_tensors_are_ignored(tmp_path):
     assert read_importance(tmp_path / "i.dat").values.keys() == {Q}
 
 
+def test_a_data_set_s_name_may_be_in_any_encoding(tmp_path):
+    names = {"imatrix.datasets": Value("arr[str]", [b"wiki-\xe9.txt", "b"])}
+    (tmp_path / "i.dat").write_bytes(gguf_bytes(metadata=names))
+    assert read_importance(tmp_path / "i.dat").datasets == ("wiki-\ufffd.txt", "b")
+
+
 def test_a_whole_model_is_no_importance_matrix(bf16_file):
     with pytest.raises(BadInput, match="no importance matrix"):
         read_importance(bf16_file)
@@ -495,6 +501,8 @@ def test_what_was_measured_is_checked_before_it_is_written(tmp_path):
         write_importance(path, sums, {Q: counts[Q]}, 512, 1, [])
     with pytest.raises(ValueError):
         write_importance(path, sums, {**counts, DOWN: counts[Q]}, 512, 1, [])
+    with pytest.raises(ValueError):
+        write_importance(path, sums, {**counts, Q: -counts[Q]}, 512, 1, [])
     assert list(tmp_path.iterdir()) == []
 
 

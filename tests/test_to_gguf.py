@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from model_makers import MODELS, make_model, torch_logits
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from xxhash import xxh3_128_hexdigest
 
 from quant.cli import cli
 from quant.formats import FORMATS
@@ -462,7 +463,7 @@ def test_manifest(tiny_qwq, tmp_path):
         assert file["sha256"] == hashlib.sha256(content).hexdigest()
         for tensor in GgufFile.open(tmp_path / name).tensors.values():
             data = content[tensor.offset : tensor.offset + tensor.nbytes]
-            assert entry["tensors"][tensor.name]["sha256"] == hashlib.sha256(data).hexdigest()
+            assert entry["tensors"][tensor.name]["xxh3_128"] == xxh3_128_hexdigest(data)
         assert entry["source"]["files"][0]["name"] == "model.safetensors"
 
 

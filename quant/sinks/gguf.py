@@ -6,12 +6,12 @@ its final name until every file was flushed, opened again, and compared with wha
 """
 
 import hashlib
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_128
 
 from quant.display import printable
 from quant.durable import PendingFile
@@ -27,8 +27,6 @@ from quant.gguf_file import (
 )
 
 READ_BACK_NBYTES = 8 << 20
-MOST_HASHES_BEHIND = 8
-"""Pieces that may wait in memory for their hash while the next ones are written."""
 
 
 def split_metadata(metadata: Metadata, index: int, n_files: int, n_tensors: int) -> Metadata:
@@ -48,7 +46,7 @@ class WrittenTensor:
     """A tensor as it was handed to the disk."""
 
     entry: TensorEntry
-    sha256: str
+    xxh3_128: str
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ class GgufSink:
         self._data_start = len(self._header(entries))
         self._written: list[WrittenTensor] = []
         self._entry: TensorEntry | None = None
-        self._hash = hashlib.sha256()
-        self._hashing: deque[Future] = deque()
-        self._other_core = ThreadPoolExecutor(1)  # one, so that bytes are hashed in order
+        self._hash = xxh3_128()
         self._at = 0  # where the next byte of tensor data goes
         self._file = PendingFile(path)
 
@@ -90,22 +86,16 @@ class GgufSink:
         if self._entry is not None:
             self._at = self._entry.offset
         self._entry = TensorEntry(name, shape, type_name, self._at)
-        self._hash = hashlib.sha256()
+        self._hash = xxh3_128()
 
     def append(self, encoded: np.ndarray) -> None:
         """The next bytes of the tensor begun: uint8, any shape, contiguous."""
-        self._hashing.append(self._other_core.submit(self._hash.update, encoded))
+        self._hash.update(encoded)
         self._file.write_at(self._data_start + self._at, encoded)
         self._at += encoded.nbytes
-        self._wait_for_hashes(MOST_HASHES_BEHIND)
-
-    def _wait_for_hashes(self, n_left: int) -> None:
-        while len(self._hashing) > n_left:
-            self._hashing.popleft().result()
 
     def end(self) -> None:
         """The tensor begun is complete."""
-        self._wait_for_hashes(0)
         self._written.append(WrittenTensor(self._entry, self._hash.hexdigest()))
         self._entry = None
         self._at = padded(self._at, self._alignment)
@@ -127,7 +117,6 @@ class GgufSink:
         self._file.publish()
 
     def discard(self) -> None:
-        self._other_core.shutdown()
         self._file.discard()
 
 
@@ -152,7 +141,7 @@ def verify_written(path: Path, written: WrittenFile, metadata: Metadata) -> str:
         place = TensorEntry(info.name, info.shape, info.dtype, info.offset - again.data_start)
         if place != entry:
             raise _differs(written, f"the header of {printable(entry.name)}")
-        if hashes[entry.name] != tensor.sha256:
+        if hashes[entry.name] != tensor.xxh3_128:
             raise _differs(written, f"the bytes of {printable(entry.name)}")
     return sha256
 
@@ -166,14 +155,18 @@ def _differs(written: WrittenFile, what: str) -> OutputFailed:
 
 
 def _hash_file(path: Path, gguf: GgufFile) -> tuple[dict[str, str], str]:
-    """sha256 of each tensor and of the whole file, in one pass over the disk and two threads."""
+    """xxh3_128 of each tensor and sha256 of the whole file, in one pass and two threads.
+
+    The one is compared with what was written, and costs next to nothing; the other is what the
+    hub and sha256sum show.
+    """
     whole, hashes = hashlib.sha256(), {}
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as other_core:
         whole.update(file.read(gguf.data_start))
         at = gguf.data_start
         for info in gguf.tensors.values():
             whole.update(file.read(info.offset - at))  # padding
-            at, end, tensor_hash = info.offset, info.offset + info.nbytes, hashlib.sha256()
+            at, end, tensor_hash = info.offset, info.offset + info.nbytes, xxh3_128()
             while at < end:
                 block = file.read(min(READ_BACK_NBYTES, end - at))
                 if not block:
