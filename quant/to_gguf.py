@@ -1,15 +1,11 @@
-"""From a MODEL and the user's wishes to a GGUF file: plan it, then carry the plan out.
+"""From a MODEL and the user's wishes to a planned GGUF file.
 
-`plan_gguf` decides everything from headers alone and returns it as data; `write_gguf` does it.
+Everything is decided here, from headers alone, and returned as data; write_gguf.py carries it out.
 """
 
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from quant import manifest
 from quant.architectures import (
     assemble,
     check_graph,
@@ -19,11 +15,10 @@ from quant.architectures import (
 )
 from quant.assembly import Assembly, Piece
 from quant.checkpoint import Checkpoint
-from quant.convert import Change, Progress, convert
 from quant.display import printable
-from quant.errors import BadInput, BadRecipe, CannotCreate, InputMissing, UsageError
+from quant.errors import BadInput, BadRecipe, InputMissing, UsageError
 from quant.formats.format import Format
-from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, TensorEntry, Value, split_paths
+from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, Value
 from quant.importance import importance_metadata, match_importance, read_importance
 from quant.metadata import QUANTIZATION_VERSION, general_metadata
 from quant.metadata_checks import check_metadata
@@ -37,12 +32,10 @@ from quant.mixtures import (
 )
 from quant.overrides import apply_overrides, shorthand_overrides
 from quant.plan import Assignment, Plan
-from quant.preflight import Needs
 from quant.rope import rope_overrides
 from quant.sampling import read_profile, sampling_from_generation_config
-from quant.sinks.gguf import GgufSink, WrittenFile, split_metadata
-from quant.source import Source, source_files
-from quant.tensors import WEIGHT_DTYPES, TensorReader
+from quant.source import Source
+from quant.tensors import WEIGHT_DTYPES
 from quant.vocabulary import read_vocabulary
 
 DEFAULT_TYPE = "Q8_0"
@@ -79,18 +72,6 @@ class Job:
     metadata: Metadata
     type_name: str
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was written."""
-
-    files: tuple[WrittenFile, ...]
-    changes: tuple[Change, ...] = field(default=())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
 
 
 def plan_gguf(source: Source, wishes: Wishes) -> Job:
@@ -257,153 +238,3 @@ def _read_template(path: Path) -> str:
         raise InputMissing(f"There is no file {printable(path)} (--chat-template).") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{printable(path)} (--chat-template) cannot be read: {error}.") from None
-
-
-# --- writing ----------------------------------------------------------------------------------
-
-
-def output_path(job: Job, output: Path) -> Path:
-    """The file to write: `output` itself, or a file named after model and type in that folder."""
-    if not output.is_dir():
-        return output
-    name = job.metadata.get("general.name", Value("str", "model")).data
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in str(name)).strip("-.")
-    return output / f"{safe or 'model'}-{job.type_name}.gguf"
-
-
-def check_output(job: Job, output: Path, force: bool) -> list[Path]:
-    """The files that will be written. Raises CannotCreate if one must not be."""
-    paths = split_paths(output, len(job.plan.files))
-    sources = source_files(job.source)
-    for path in paths:
-        if path.is_dir():
-            raise CannotCreate(f"{printable(path)} is a folder.")
-        if path.is_symlink():
-            raise CannotCreate(
-                f"{printable(path)} is a symbolic link.",
-                "Writing through it could reach a file that others share.",
-                "Remove it or choose another name with -o.",
-            )
-        if any(path.exists() and path.samefile(source) for source in sources):
-            raise UsageError(
-                f"{printable(path)} is the source itself; choose another name with -o."
-            )
-        if path.exists() and not force:
-            raise CannotCreate(f"{printable(path)} exists already.", "", "Replace it with --force.")
-    return paths
-
-
-def write_gguf(
-    job: Job,
-    output: Path,
-    *,
-    force: bool = False,
-    nan_policy: str = "refuse",
-    progress: Progress = lambda n_weights: None,
-    verifying: Callable[[], None] = lambda: None,
-) -> Result:
-    """Carry out the job. The output appears whole and verified, or not at all.
-
-    Raises OutputFailed, CannotCreate, or BadInput if the weights hold NaN or the source changed.
-    """
-    paths = check_output(job, output, force)
-    before = [manifest.SourceFile.of(path) for path in source_files(job.source)]
-    n_files, n_tensors = len(paths), len(job.plan.assignments)
-    sinks: list[GgufSink] = []
-    changes: list[Change] = []
-    try:
-        with TensorReader() as reader:
-            for index, (path, assignments) in enumerate(zip(paths, job.plan.files, strict=True)):
-                metadata = split_metadata(job.metadata, index, n_files, n_tensors)
-                entries = [
-                    TensorEntry(a.name, a.source.shape, a.format.name, 0) for a in assignments
-                ]
-                sinks.append(GgufSink(path, metadata, entries, job.plan.alignment))
-                changes += convert(
-                    assignments, sinks[-1], reader, nan_policy=nan_policy, progress=progress
-                )
-        verifying()
-        files = tuple(sink.finish() for sink in sinks)
-        _check_unchanged(job.source, before)
-        for sink in sinks:
-            sink.publish()
-    finally:
-        for sink in sinks:
-            sink.discard()
-    result = Result(files, tuple(changes))
-    _record(job, paths[0], result, before)
-    return result
-
-
-def _check_unchanged(source: Source, before: list[manifest.SourceFile]) -> None:
-    after = [manifest.SourceFile.of(path) for path in source_files(source)]
-    changed = [old.name for old, new in zip(before, after, strict=True) if old != new]
-    if changed:
-        raise BadInput(
-            f"{printable(', '.join(changed))} changed while it was being read.",
-            "The output would mix two versions of the model, so it was not kept.",
-            "Run the command again when the download or the training has ended.",
-        )
-
-
-def _record(job: Job, path: Path, result: Result, sources: list[manifest.SourceFile]) -> None:
-    """Write the output's entry in the manifest."""
-    entry = {
-        "command": sys.argv[1:],
-        "source": {
-            "model": str(getattr(job.source, "name", None) or job.source.path),
-            "revision": getattr(job.source, "revision", None),
-            "files": [asdict(file) for file in sources],
-        },
-        **result_summary(job, result),
-        "tensors": {
-            t.entry.name: {"type": t.entry.type, "xxh3_128": t.xxh3_128}
-            for file in result.files
-            for t in file.tensors
-        },
-        **manifest.environment(),
-    }
-    manifest.add_entry(path.parent, path.name, entry)
-
-
-def result_summary(job: Job, result: Result) -> dict:
-    """What was written, for the manifest and `--format json`."""
-    return {
-        "type": job.type_name,
-        "bits_per_weight": round(job.plan.bits_per_weight, 4),
-        "files": [
-            {"name": file.path.name, "nbytes": file.nbytes, "sha256": file.sha256}
-            for file in result.files
-        ],
-        "changes": [asdict(change) for change in result.changes],
-        "notes": list(job.notes),
-    }
-
-
-def describe_json(job: Job, needs: Needs) -> str:
-    """The job as JSON, for `--dry-run --format json`."""
-    plan = job.plan
-    return json.dumps(
-        {
-            "type": job.type_name,
-            "nbytes": plan.nbytes,
-            "n_weights": plan.n_weights,
-            "bits_per_weight": round(plan.bits_per_weight, 4),
-            "files": len(plan.files),
-            "needs": {**asdict(needs), "fits": needs.fits},
-            "tensors": [
-                {
-                    "name": a.name,
-                    "source": a.source.source_name,
-                    "shape": list(a.source.shape),
-                    "source_type": a.source.dtype,
-                    "type": a.format.name,
-                    "nbytes": a.nbytes,
-                    "rule": a.rule,
-                }
-                for a in plan.assignments
-            ],
-            "notes": list(job.notes),
-        },
-        indent=1,
-    )

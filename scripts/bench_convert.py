@@ -64,6 +64,15 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
+def make(folder: Path, size: str, n_shards: int) -> Path:
+    """A generated checkpoint, made in a process of its own: a child inherits our peak memory."""
+    model = folder / size
+    maker = [sys.executable, str(ROOT / "scripts" / "make_checkpoint.py"), str(model)]
+    maker += ["--size", size, "--shards", str(n_shards)]
+    subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+    return model
+
+
 def bench(args, model: Path, work: Path, type_name: str) -> dict:
     """Alternate the two; medians with the smallest and largest value."""
     commands = {
@@ -78,7 +87,7 @@ def bench(args, model: Path, work: Path, type_name: str) -> dict:
             if i:  # the first round fills caches and compiles
                 figures[name].append(result)
     ratios = [p[0] / o[0] for o, p in zip(figures["ours"], figures["peer"], strict=True)]
-    row = {"model": args.size, "shards": args.shards, "type": type_name, "runs": args.repeats}
+    row = {"model": model.name, "shards": args.shards, "type": type_name, "runs": args.repeats}
     for name, results in figures.items():
         row[f"{name}_seconds"] = spread([seconds for seconds, _ in results])
         row[f"{name}_peak_mb"] = spread([megabytes for _, megabytes in results], 0)
@@ -88,19 +97,18 @@ def bench(args, model: Path, work: Path, type_name: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source folder")
-    parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.5b"])
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--types", nargs="+", default=["BF16", "Q8_0"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, help="folder for the checkpoint and the outputs")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        work = Path(folder)
-        # In a process of its own: a child inherits its parent's peak memory.
-        maker = [sys.executable, str(ROOT / "scripts" / "make_checkpoint.py"), str(work / "model")]
-        maker += ["--size", args.size, "--shards", str(args.shards)]
-        subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
-        rows = [bench(args, work / "model", work, type_name) for type_name in args.types]
+    rows = []
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory(dir=args.work) as folder:
+            work = Path(folder)
+            model = make(work, size, args.shards)
+            rows += [bench(args, model, work, type_name) for type_name in args.types]
     about = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",

@@ -32,7 +32,8 @@ from quant.importance import (
 from quant.mixtures import MIXTURES
 from quant.source import open_source
 from quant.tensors import TensorReader
-from quant.to_gguf import Wishes, plan_gguf, write_gguf
+from quant.to_gguf import Wishes, plan_gguf
+from quant.write_gguf import write_gguf
 
 Q, DOWN = "blk.0.attn_q.weight", "blk.1.ffn_down_exps.weight"
 N_CHUNKS, CHUNK_SIZE, DATASETS = 3, 512, ["wiki.txt", "文.txt"]

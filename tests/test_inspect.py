@@ -26,7 +26,8 @@ from quant.inspection.conversation import opens_think
 from quant.inspection.describe import describe
 from quant.inspection.tensor_kinds import kind_of
 from quant.source import open_source
-from quant.to_gguf import Wishes, plan_gguf, write_gguf
+from quant.to_gguf import Wishes, plan_gguf
+from quant.write_gguf import write_gguf
 
 
 def inspect(*args) -> str:

@@ -17,7 +17,8 @@ from quant.formats import FORMATS
 from quant.gguf_file import open_gguf
 from quant.mixtures import FALLBACK, MIXTURES, Choices, Model, assign_formats
 from quant.source import open_source
-from quant.to_gguf import Wishes, plan_gguf, write_gguf
+from quant.to_gguf import Wishes, plan_gguf
+from quant.write_gguf import write_gguf
 
 SHAPES = {
     "gqa 1": ("llama2", {"num_attention_heads": 8, "num_key_value_heads": 8}),

@@ -26,7 +26,8 @@ from quant.formats import FORMATS
 from quant.gguf_file import GgufFile, open_gguf
 from quant.mixtures import MIXTURES
 from quant.source import open_source
-from quant.to_gguf import Wishes, plan_gguf, write_gguf
+from quant.to_gguf import Wishes, plan_gguf
+from quant.write_gguf import write_gguf
 
 TOKENS = [17, 900, 4, 4092, 256, 256, 31, 2048, 77, 4095, 1, 3000, 640, 12, 9, 2222]
 

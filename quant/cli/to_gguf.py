@@ -146,7 +146,7 @@ def _print_plan(job, output: Path, output_format: str) -> int:
     """Print the plan; the exit code says whether it fits."""
     from quant.cli.plan_table import print_plan
     from quant.preflight import measure_needs
-    from quant.to_gguf import describe_json, output_path
+    from quant.write_gguf import describe_json, output_path
 
     needs = measure_needs(job.plan, job.metadata, output_path(job, output).parent)
     if output_format == "json":
@@ -160,7 +160,7 @@ def _write(job, output: Path, force: bool, nan_policy: str, output_format: str) 
     from quant.cli.progress import BytesProgress
     from quant.display import printable
     from quant.preflight import measure_needs, require
-    from quant.to_gguf import output_path, result_summary, write_gguf
+    from quant.write_gguf import output_path, result_summary, write_gguf
 
     path = output_path(job, output)
     require(measure_needs(job.plan, job.metadata, path.parent), path.parent)
