@@ -49,6 +49,8 @@ _NUMPY = {
     "f32": "<f4", "bool": "<u1", "u64": "<u8", "i64": "<i8", "f64": "<f8",
 }  # fmt: skip
 
+INTEGER_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64")
+
 GGML_TYPES = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 2 + 16), "Q4_1": (3, 32, 2 + 2 + 16),
     "Q5_0": (6, 32, 2 + 4 + 16), "Q5_1": (7, 32, 2 + 2 + 4 + 16), "Q8_0": (8, 32, 2 + 32),
@@ -417,7 +419,7 @@ def open_gguf(path: Path) -> GgufFile:
     Raises InputMissing or BadInput if a file is missing or does not belong.
     """
     first = GgufFile.open(path)
-    n_files = first.metadata.get("split.count", Value("u16", 1)).data
+    n_files = _whole_number(first, "split.count", 1)
     if n_files <= 1:
         return replace(first, metadata=without_split_keys(first.metadata))
     match = _SPLIT_NAME.fullmatch(path.name)
@@ -433,20 +435,28 @@ def open_gguf(path: Path) -> GgufFile:
         if i == 0:
             continue
         part = GgufFile.open(other)
-        if part.metadata.get("split.no", Value("u16", -1)).data != i:
+        if _whole_number(part, "split.no", -1) != i:
             raise BadInput(f"{printable(other)} is not file {i + 1} of this split model.")
         twice = tensors.keys() & part.tensors.keys()
         if twice:
             raise BadInput(f"{printable(sorted(twice)[0])} is in two files of the split model.")
         tensors |= part.tensors
         nbytes += part.nbytes
-    expected = first.metadata.get("split.tensors.count")
-    if expected is not None and expected.data != len(tensors):
+    expected = _whole_number(first, "split.tensors.count", len(tensors))
+    if expected != len(tensors):
         raise BadInput(
-            f"The {n_files} files hold {len(tensors)} tensors; the first one says {expected.data}."
+            f"The {n_files} files hold {len(tensors)} tensors; the first one says {expected}."
         )
     metadata = without_split_keys(first.metadata)
     return replace(first, metadata=metadata, tensors=tensors, nbytes=nbytes)
+
+
+def _whole_number(gguf: GgufFile, key: str, default: int) -> int:
+    """An integer of the metadata. Raises BadInput if the key holds something else."""
+    value = gguf.metadata.get(key, Value("i32", default))
+    if value.type not in INTEGER_TYPES:
+        raise BadInput(f"{printable(gguf.path)}: {key} is no whole number but {value.type}.")
+    return value.data
 
 
 def without_split_keys(metadata: Metadata) -> Metadata:

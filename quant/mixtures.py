@@ -70,7 +70,6 @@ MIXTURES = {
         Mixture("IQ1_M", 31, "IQ1_M"),
         Mixture("IQ1_S", 24, "IQ1_S"),
     )
-    if m.default in FORMATS
 }
 
 NEAR_2_BITS = ("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")

@@ -283,9 +283,9 @@ def _unknown_key(key: str, kind: str, shown: str, arch: str) -> BadRecipe:
     key = printable(key, 100)
     what = f"No reader of a {printable(arch, 40)} model knows the key {key}."
     insist = "--force-override insists" + (", with an exact type." if kind in ALIASES else ".")
-    if near is None:
+    known = None if near is None else expected(near, arch)
+    if known is None:
         return BadRecipe(what, "It would be stored and have no effect.", insist)
-    known = expected(near, arch)
     return BadRecipe(
         what,
         f"Did you mean {near}: {known.about}?",

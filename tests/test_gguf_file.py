@@ -267,6 +267,12 @@ def test_split_files_are_merged(tmp_path):
         open_gguf(tmp_path / "m-00001-of-00002.gguf")
 
 
+def test_a_split_count_that_is_no_number(tmp_path):
+    path = write_file(tmp_path / "m.gguf", {"split.count": Value("arr[u16]", [2, 3])})
+    with pytest.raises(BadInput, match="no whole number"):
+        open_gguf(path)
+
+
 def test_the_bound_of_the_header_is_one():
     assert len(encode_metadata(METADATA)) <= metadata_nbytes_at_most(METADATA)
     wide = {

@@ -144,7 +144,11 @@ def importance(tiny_qwq, tmp_path_factory):
     return path, {name: values / np.float32(2048) for name, values in sums.items()}
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K_S"])
+@pytest.mark.parametrize(
+    "name",
+    ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K_S", "IQ2_M",
+     "IQ1_S"],
+)  # fmt: skip
 def test_whole_files_with_importance_hold_llama_cpp_s_bytes(name, tiny_qwq, tmp_path, importance):
     path, values = importance
     job = plan_gguf(open_source(str(tiny_qwq)), Wishes("BF16"))
@@ -212,5 +216,5 @@ def test_a_pattern_that_matches_nothing_speaks(tiny_qwq):
 
 def test_every_fallback_exists():
     for wanted, fallback in FALLBACK.items():
-        if wanted in FORMATS:
-            assert FORMATS[fallback].block_size == 32
+        assert FORMATS[wanted].block_size == 256
+        assert FORMATS[fallback].block_size == 32

@@ -230,7 +230,7 @@ def read_bos_eos_flags(draft: Draft, tokenizer: dict | None, config: dict) -> di
             )
         if tokenizer is not None and key in config and stated is not applied:
             draft.notes.append(
-                f"tokenizer_config.json says {key} {str(stated).lower()}, tokenizer.json's "
+                f"tokenizer_config.json says {key} {printable(stated, 40).lower()}, tokenizer.json's "
                 f"post_processor {str(applied).lower()}; {str(flags[key]).lower()} is written."
             )
     return flags
