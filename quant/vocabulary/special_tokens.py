@@ -229,8 +229,9 @@ def read_bos_eos_flags(draft: Draft, tokenizer: dict | None, config: dict) -> di
                 f"put only the {kind} token there, so nothing is put."
             )
         if tokenizer is not None and key in config and stated is not applied:
+            said = printable(stated, 40).lower()
             draft.notes.append(
-                f"tokenizer_config.json says {key} {printable(stated, 40).lower()}, tokenizer.json's "
+                f"tokenizer_config.json says {key} {said}, tokenizer.json's "
                 f"post_processor {str(applied).lower()}; {str(flags[key]).lower()} is written."
             )
     return flags
