@@ -83,7 +83,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = read_config(folder)
-        tensors = _with_scales(folder, _read_tensors(folder))
+        tensors = _with_scales(folder, _read_tensors(folder), _stated_block(folder, config))
         return cls(folder, str(folder) if name is None else name, revision, config, tensors)
 
     def read_json(self, file_name: str) -> dict | None:
@@ -297,7 +297,24 @@ def _check_index(
         )
 
 
-def _with_scales(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def _stated_block(folder: Path, config: dict) -> tuple[int, int] | None:
+    """weight_block_size of an FP8 checkpoint: rows and columns that one scale covers."""
+    stated = (config.get("quantization_config") or {}).get("weight_block_size")
+    if stated is None:
+        return None
+    if not (isinstance(stated, list) and len(stated) == 2) or not all(
+        type(n) is int and n > 0 for n in stated
+    ):
+        raise BadInput(
+            f"{printable(folder / CONFIG)}: weight_block_size is {printable(stated, 60)}.",
+            "Two whole numbers are needed, such as [128, 128].",
+        )
+    return stated[0], stated[1]
+
+
+def _with_scales(
+    folder: Path, tensors: dict[str, TensorInfo], stated: tuple[int, int] | None
+) -> dict[str, TensorInfo]:
     """FP8 weights with their scales attached; scales of weights and activations no longer listed.
 
     DeepSeek and Qwen3-FP8 store w / scale in F8_E4M3 beside `<name>_scale_inv`. The scale of the
@@ -311,14 +328,23 @@ def _with_scales(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Tens
                 stored = "missing" if weight is None else f"stored as {weight.dtype}"
                 raise _bad_scale(folder, info, f"but its weight, which should be FP8, is {stored}")
         elif info.dtype == "F8_E4M3":
-            result[name] = replace(info, scale=_scale_of(folder, info, tensors))
+            scale, block = _scale_of(folder, info, tensors, stated)
+            result[name] = replace(info, scale=scale, scale_block=block)
         elif not _is_activation_scale(name, tensors):
             result[name] = info
     return result
 
 
-def _scale_of(folder: Path, weight: TensorInfo, tensors: dict[str, TensorInfo]) -> TensorInfo:
-    """The scale stored beside an FP8 weight. Raises BadInput if it cannot be applied."""
+def _scale_of(
+    folder: Path,
+    weight: TensorInfo,
+    tensors: dict[str, TensorInfo],
+    stated: tuple[int, int] | None,
+) -> tuple[TensorInfo, tuple[int, int] | None]:
+    """The scale stored beside an FP8 weight, and the block of it that one value covers.
+
+    Raises BadInput if it cannot be applied.
+    """
     scale = tensors.get(weight.name + SCALE_SUFFIX)
     if scale is None:
         raise BadInput(
@@ -328,13 +354,13 @@ def _scale_of(folder: Path, weight: TensorInfo, tensors: dict[str, TensorInfo]) 
         )
     if scale.dtype not in SCALE_DTYPES:
         raise _bad_scale(folder, scale, f"but only {', '.join(SCALE_DTYPES)} are read")
-    if scale.n_weights != 1:
-        try:
-            fp8_block(weight.shape, scale.shape)
-        except ValueError as error:
-            reason = f"but its weight has the shape {list(weight.shape)}: {error}"
-            raise _bad_scale(folder, scale, reason) from None
-    return scale
+    if scale.n_weights == 1:
+        return scale, None
+    try:
+        return scale, fp8_block(weight.shape, scale.shape, stated)
+    except ValueError as error:
+        reason = f"but its weight has the shape {list(weight.shape)}: {error}"
+        raise _bad_scale(folder, scale, reason) from None
 
 
 def _bad_scale(folder: Path, scale: TensorInfo, reason: str) -> BadInput:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -28,8 +29,11 @@ WEIGHTS_AT_ONCE = 1 << 20
 
 NAN_POLICIES = ("refuse", "keep-16bit", "zero")
 
-HOLD_NONFINITE = ("F32", "BF16")
+DENSE = ("F32", "F16", "BF16")
 """Formats in which a NaN or an infinity harms nothing but itself."""
+
+MOST_WORKERS = 16
+"""More threads than this wait for the disk and only take memory."""
 
 Progress = Callable[[int], None]
 """Called with the number of weights that were just written."""
@@ -49,8 +53,18 @@ class Change:
 
 
 def worker_count() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads to encode with: the cores this process may use, a container's quota included."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(n, MOST_WORKERS, _quota() or n))
+
+
+def _quota() -> int | None:
+    """Whole cores of a cgroup's processor quota; None if there is none."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return None
 
 
 def convert(
@@ -92,30 +106,43 @@ def _work_ahead(
     yield from ahead
 
 
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows in their format (uint8), and what happened to NaN and infinite weights in them."""
+
+    data: np.ndarray
+    n_zeroed: int = 0
+    n_kept: int = 0
+
+
 def encode_rows(
     assignment: Assignment, reader: TensorReader, start: int, stop: int, nan_policy: str
-) -> tuple[np.ndarray, int]:
-    """Rows [start, stop) in the assignment's format (uint8), and how many weights were zeroed.
+) -> EncodedRows:
+    """Rows [start, stop) in the assignment's format.
 
     Raises NonFinite or Float16Overflow if the format cannot hold them.
     """
     source, format = assignment.source, assignment.format
-    if source.dtype not in WEIGHT_DTYPES:  # a GGUF type, copied as it is
-        return _copy_rows(assignment, reader, start, stop), 0
+    if assignment.is_copy and source.dtype not in WEIGHT_DTYPES:
+        return EncodedRows(_copy_rows(assignment, reader, start, stop))
     if source.needs_scaling:
         rows, dtype = source.read_float32(reader, start, stop), "F32"
     else:
         rows, dtype = source.read_stored(reader, start, stop), source.dtype
-    n_zeroed = 0
-    if count_nonfinite(rows, dtype):
-        if nan_policy == "zero":
-            n_zeroed = zero_nonfinite(rows, dtype)
-        elif nan_policy == "refuse" or format.name not in HOLD_NONFINITE:
-            raise NonFinite
+    n_bad = count_nonfinite(rows, dtype)
+    if n_bad and nan_policy == "zero":
+        zero_nonfinite(rows, dtype)
+        n_bad, n_zeroed = 0, n_bad
+    else:
+        n_zeroed = 0
+    keeps = nan_policy == "keep-16bit" or assignment.is_copy
+    if n_bad and not (keeps and format.name in DENSE):
+        raise NonFinite
     if dtype == format.name:
-        return rows.view(np.uint8), n_zeroed
+        return EncodedRows(rows.view(np.uint8), n_zeroed, n_bad)
     w = to_float32(rows, dtype)
-    return format.encode(w, assignment.importance_of(start))[""], n_zeroed
+    data = format.encode(w, assignment.importance_of(start))[""]
+    return EncodedRows(data, n_zeroed, n_bad)
 
 
 def _copy_rows(assignment: Assignment, reader: TensorReader, start: int, stop: int) -> np.ndarray:
@@ -133,25 +160,26 @@ def _write_tensor(
     progress: Progress,
 ) -> list[Change]:
     """Write one tensor from its part of the queue; once more as BF16 if the format fails it."""
-    source, problem, n_zeroed = assignment.source, None, 0
+    source, problem, n_zeroed, n_kept = assignment.source, None, 0, 0
     sink.begin(source.name, source.shape, assignment.format.name)
     for start, stop in source.row_ranges(WEIGHTS_AT_ONCE):
         result = next(queue)
         if problem is not None:
             continue  # these rows are written again below
         try:
-            encoded, zeroed = result.result()
+            encoded = result.result()
         except (NonFinite, Float16Overflow) as error:
             problem = error
             continue
-        sink.append(encoded)
-        n_zeroed += zeroed
+        sink.append(encoded.data)
+        n_zeroed, n_kept = n_zeroed + encoded.n_zeroed, n_kept + encoded.n_kept
         progress((stop - start) * source.n_columns)
     if problem is not None:
         return [_write_wider(assignment, problem, sink, reader, nan_policy, progress)]
     sink.end()
-    if n_zeroed:
-        why = f"{n_zeroed} NaN or infinite weights were set to zero"
+    if n_zeroed or n_kept:
+        done = "were set to zero" if n_zeroed else "were kept"
+        why = f"{n_zeroed or n_kept} NaN or infinite weights {done}"
         return [Change(source.name, assignment.format.name, why)]
     return []
 
@@ -164,7 +192,7 @@ def _write_wider(
     nan_policy: str,
     progress: Progress,
 ) -> Change:
-    """Write a tensor that its format cannot hold as BF16, or F32 beyond even bfloat16's range."""
+    """Write a tensor that its format cannot hold in one that can: its own 16 bits, BF16, or F32."""
     source = assignment.source
     if isinstance(problem, NonFinite):
         if nan_policy == "refuse":
@@ -172,12 +200,13 @@ def _write_wider(
         why = "it holds NaN or infinite weights"
     else:
         why = f"its values are beyond the float16 range that {assignment.format.name} needs"
-    for format in (FORMATS["BF16"], FORMATS["F32"]):
+    own = ("F16",) if source.dtype == "F16" and assignment.format.name != "F16" else ()
+    for format in (FORMATS[name] for name in (*own, "BF16", "F32")):
         sink.begin(source.name, source.shape, format.name)
         with contextlib.suppress(Float16Overflow):
             for start, stop in source.row_ranges(WEIGHTS_AT_ONCE):
                 wider = replace(assignment, format=format)
-                sink.append(encode_rows(wider, reader, start, stop, nan_policy)[0])
+                sink.append(encode_rows(wider, reader, start, stop, nan_policy).data)
                 progress((stop - start) * source.n_columns)
             break
     sink.end()

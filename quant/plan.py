@@ -21,6 +21,7 @@ class Assignment:
     format: Format
     rule: str  # why this format, in words
     importance: np.ndarray | None = None  # float32 (n_matrices, n_columns), from an imatrix
+    is_copy: bool = False  # bytes of a GGUF file that pass as they are
 
     def importance_of(self, row: int) -> np.ndarray | None:
         """The importance of the matrix that `row` belongs to: one a stacked expert."""
@@ -79,10 +80,6 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.n_weights
-
-    @property
-    def largest_tensor_nbytes(self) -> int:
-        return max(a.nbytes for a in self.assignments)
 
     def classes(self) -> list[TensorClass]:
         """The assignments folded over layers; kinds in order of first appearance."""

@@ -49,6 +49,7 @@ class TensorInfo:
     offset: int  # of the first byte, from the start of the file
     nbytes: int
     scale: "TensorInfo | None" = None  # FP8: w = stored * scale, one scale a block
+    scale_block: tuple[int, int] | None = None  # rows and columns that one scale covers
 
     @property
     def n_rows(self) -> int:
@@ -148,13 +149,12 @@ class TensorReader:
         """The scale of every weight in rows [start, stop), broadcastable to them.
 
         DeepSeek and Qwen3-FP8 keep one scale for each 128x128 block in `weight_scale_inv`
-        (w = stored * scale, in spite of the name); others one a row, or one in all. The block
-        is what the two shapes say: ceil(rows / block) scales down, ceil(columns / block) across.
+        (w = stored * scale, in spite of the name); others one a row, or one in all.
         """
         scale = info.scale
         if scale.n_weights == 1:
             return self.read_float32(scale, 0, 1)
-        block_rows, block_columns = fp8_block(info.shape, scale.shape)
+        block_rows, block_columns = info.scale_block or fp8_block(info.shape, scale.shape)
         first, last = start // block_rows, (stop - 1) // block_rows
         if len(scale.shape) == 1:
             scales = self.read_float32(scale, 0, 1)[0, first : last + 1, None]
@@ -164,18 +164,23 @@ class TensorReader:
         return np.repeat(by_row, block_columns, axis=1)[:, : info.n_columns]
 
 
-def fp8_block(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, int]:
+def fp8_block(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...], stated: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """(rows, columns) of the block that one of several FP8 scales covers.
 
-    The size b for which ceil(n / b) scales cover n: a power of two (128 in every release known;
-    no two of them give the same number of scales, unless it is 1), or else all or one of the n.
+    `stated` is what config.json says (weight_block_size); it must fit the shapes. Without it, the
+    first of 128 (every release known), other powers of two, all or one for which ceil(n / b) scales
+    cover n; the number of scales alone does not always tell b.
     Scales of shape (rows,) are one a row. Raises ValueError if weights and scales do not fit.
     """
     if len(shape) != 2 or len(scale_shape) not in (1, 2):
         raise ValueError("only a matrix has blocks")
     block = []
-    for n, n_scales in zip(shape, (*scale_shape, 1)[:2], strict=True):
+    for i, (n, n_scales) in enumerate(zip(shape, (*scale_shape, 1)[:2], strict=True)):
         sizes = [128, 64, 32, 16, 256, max(n, 1), 1]
+        if stated is not None and len(scale_shape) == 2:
+            sizes = [stated[i]]
         size = next((s for s in sizes if -(-n // s) == n_scales), None)
         if size is None:
             raise ValueError(f"{n_scales} scales do not cover {n} in blocks")

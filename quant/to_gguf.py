@@ -155,7 +155,9 @@ def _plan_gguf_copy(gguf: GgufFile, wishes: Wishes) -> Job:
         Assembly(info.name, info.shape, (Piece.whole(info),)) for info in gguf.tensors.values()
     ]
     if wishes.type_name is None:
-        copies = [Assignment(t, _stored_format(t), "copied as it is") for t in tensors]
+        copies = [
+            Assignment(t, _stored_format(t), "copied as it is", is_copy=True) for t in tensors
+        ]
         type_name, notes = _main_type(tensors), []
     else:
         mixture = MIXTURES[wishes.type_name]

@@ -493,7 +493,4 @@ def encode_super_block(
     d = max_scale / np.float32(31)
     if max_scale > ZERO:
         put_scale_codes(16, d, scale_codes, work)
-    elif all_signs == 127:  # types with 7 bits of signs clear a super-block of zeros
-        points[:] = 0
-        signs[:] = 0
     return d, is_finite

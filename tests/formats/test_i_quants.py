@@ -91,6 +91,7 @@ IMPORTANCES = {
     "nearly all zeros": lambda rng, n: np.where(np.arange(n) % 37 == 0, 1, 0),
     "all zeros": lambda rng, n: np.zeros(n),
     "very uneven": lambda rng, n: np.exp(rng.uniform(-20, 20, n)),
+    "so small that sums vanish": lambda rng, n: np.full(n, 1e-38),
 }
 
 
@@ -134,7 +135,9 @@ def test_any_importance_gives_ggmls_bytes(format, weighing):
     rng = np.random.default_rng(0)
     for case in ("gaussian", "heavy tails", "mostly zeros", "uneven", "halves, full of ties"):
         w = CASES[case](rng, (2, 512)).astype(np.float32)
-        assert_equals_ggml(format, w, IMPORTANCES[weighing](rng, 512).astype(np.float32))
+        importance = IMPORTANCES[weighing](rng, 512).astype(np.float32)
+        for scale in np.float32([1, 1e-6]):
+            assert_equals_ggml(format, w * scale, importance)
 
 
 @each_weighting
@@ -150,17 +153,39 @@ def test_any_rows_equal_ggml_or_overflow(format, weighted, w, scale, seed):
     assert_equals_ggml(format, w * np.float32(scale), importance)
 
 
-@each_weighting
-def test_rounding_ties_and_near_ties_equal_ggml(format, weighted):
-    """Weights on, or a float beside, the middle between two levels of their block's first trial."""
+TRIALS = {"IQ3_XXS": (15, 0.2, 15), "IQ3_S": (15, 0.2, 9), "IQ2_XXS": (5, 0.1, 6)}
+
+
+@pytest.mark.parametrize("name", ["IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S"])
+def test_weights_halfway_between_levels_equal_ggml(name):
+    """Where the nearest level is a matter of rounding errors the short lists would not do."""
+    format, rng, one = BY_NAME[name], np.random.default_rng(0), np.float32(1)
+    top, step, n = TRIALS.get(name, (5, 0.1, 9))
+    block = 16 if name in ("IQ2_XS", "IQ2_S") else 32
+    for _ in range(4):
+        blocks = (96, 1024 // block, 1)
+        reach = rng.uniform(0.5, 1.5, blocks).astype(np.float32)
+        divisor = top + rng.integers(-n, n + 1, blocks).astype(np.float32) * np.float32(step)
+        even = 2 * rng.integers(0, top // 2 + 1, (96, 1024 // block, block)).astype(np.float32)
+        w = even * (one / (divisor / reach))  # in the middle between odd levels, for one trial
+        for _ in range(2):
+            beside = np.nextafter(w, rng.choice(np.float32([-9, 9])))
+            w = np.where(rng.random(w.shape) < 0.3, beside, w)
+        w = np.minimum(w, reach)
+        w[..., :1] = reach
+        w = (w * rng.choice(np.float32([-1, 1]), w.shape)).reshape(96, 1024)
+        assert_equals_ggml(format, w, np.ones(1024, np.float32))
+
+
+@each_format
+def test_huge_weights_that_hardly_count_equal_ggml(format):
+    """Over the scale of the others they overflow nearest_int."""
     rng = np.random.default_rng(0)
-    top = 5 if "IQ2" in format.name else 15
-    w = 2 * rng.integers(0, top // 2, (8, 512)).astype(np.float32)
-    w[:, ::16] = top
-    beside = np.nextafter(w, rng.choice(np.float32([-99, 99]), w.shape))
-    w = np.where(rng.random(w.shape) < 0.5, w, beside) * rng.choice(np.float32([-1, 1]), w.shape)
-    for scale in np.float32([1, 0.1, 1 / 3]):
-        assert_equals_ggml(format, w * scale, np.ones(512, np.float32) if weighted else None)
+    w = rng.standard_normal((64, 1024)) * 1e-6
+    is_huge = rng.random(1024) < 0.1
+    for size, importance in ((1e6, 1e-6), (1e7, 1e-9), (1e9, 1e-13)):
+        weights = np.where(is_huge, importance, usual_importance(rng, 1024)).astype(np.float32)
+        assert_equals_ggml(format, np.where(is_huge, size * w, w).astype(np.float32), weights)
 
 
 def tiny_qwq_tensors() -> dict[str, np.ndarray]:
@@ -239,11 +264,12 @@ def test_types_that_need_an_importance_matrix_say_so(format):
 
 
 @each_format
-@pytest.mark.parametrize("size", [1e10, 1e20, 3e38])
+@pytest.mark.parametrize("size", [1e10, 1e18, 1e20, 3e38])
 def test_a_scale_beyond_float16_is_refused(format, size):
     rng = np.random.default_rng(0)
     w = (rng.uniform(-1, 1, (2, 512)) * size).astype(np.float32)
-    for importance in (np.ones(512, np.float32), usual_importance(rng, 512)):
+    importances = [np.ones(512, np.float32), usual_importance(rng, 512)]
+    for importance in importances if format.name in NEEDS_IMPORTANCE else [None, *importances]:
         with pytest.raises(Float16Overflow, match="65504"):
             format.encode(w, importance)
 
