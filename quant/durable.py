@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,25 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold back the signals that would end the program between two renames of one output."""
+    ending = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def own_leftovers(path: Path) -> int:
+    """Bytes that a killed run on this output left under its temporary name; they are reused."""
+    try:
+        return path.with_name(f".{path.name}.partial").stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
 def translated_errors(path: Path) -> Iterator[None]:
     """Operating system errors about `path` as messages for the user."""
     try:
@@ -144,8 +164,18 @@ def _explain(error: OSError, path: Path) -> QwqQuantError:
             f"{shown} cannot be written: {error.strerror}.", "", "Choose another folder with -o."
         )
     if error.errno == errno.ENAMETOOLONG:
-        return CannotCreate(f"The file name {printable(path.name)} is too long.")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return CannotCreate(
+            f"The file name {printable(path.name, 60)} is too long.",
+            "While it is written, the file has a name that is 9 bytes longer.",
+            "Choose a shorter name with -o.",
+        )
+    if error.errno == errno.ENOTDIR:
+        return CannotCreate(
+            f"{shown} cannot be created: {printable(path.parent)} is not a folder.",
+            "",
+            "Choose another folder with -o.",
+        )
+    if error.errno == errno.ENOENT:
         return CannotCreate(
             f"{shown} cannot be created: there is no folder {printable(path.parent)}.",
             "",

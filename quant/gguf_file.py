@@ -408,7 +408,7 @@ def split_paths(path: Path, n_files: int) -> list[Path]:
     """llama.cpp's names for a model in `n_files`: model-00001-of-00003.gguf (llama_split_path)."""
     if n_files == 1:
         return [path]
-    stem = path.name.removesuffix(".gguf")
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.name.removesuffix(".gguf"))
     return [path.with_name(f"{stem}-{i + 1:05d}-of-{n_files:05d}.gguf") for i in range(n_files)]
 
 

@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 
 from quant import __version__
+from quant.display import printable
 from quant.durable import locked_folder, translated_errors, write_whole
+from quant.errors import CannotCreate
 
 NAME = "qwq-quant.json"
 LIBRARIES = ("numpy", "numba", "gguf", "safetensors", "transformers", "torch")
@@ -46,12 +48,29 @@ def _installed(name: str) -> bool:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder; an empty one if there is none or it cannot be read."""
+    """The manifest of a folder; an empty one if there is none.
+
+    Raises CannotCreate if something else has its name: it is not ours to overwrite.
+    """
     try:
         content = json.loads((folder / NAME).read_text("utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {"outputs": {}}
-    return content if isinstance(content.get("outputs"), dict) else {"outputs": {}}
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("outputs"), dict):
+        raise CannotCreate(
+            f"{printable(folder / NAME)} is no manifest of qwq-quant's, or is damaged.",
+            "It would have to be replaced, and what it says be lost.",
+            "Move it away or choose another folder with -o.",
+        )
+    return content
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise CannotCreate, before any work, if the manifest of `folder` cannot be added to."""
+    if folder.is_dir():
+        read_manifest(folder)
 
 
 def add_entry(folder: Path, output_name: str, entry: dict) -> None:

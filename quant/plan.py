@@ -1,7 +1,6 @@
 """What each tensor becomes: arithmetic on headers, printable before any work is done."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,11 +60,12 @@ class Plan:
 
     assignments: tuple[Assignment, ...]
     max_file_nbytes: int | None = None  # --split-max-size
+    header_nbytes: int = 0  # of the first file, which carries the metadata, at most
     alignment: int = DEFAULT_ALIGNMENT
     files: tuple[tuple[Assignment, ...], ...] = field(init=False)
 
     def __post_init__(self):
-        files = _split(self.assignments, self.max_file_nbytes, self.alignment)
+        files = _split(self)
         object.__setattr__(self, "files", files)
 
     @property
@@ -100,17 +100,20 @@ class Plan:
         ]
 
 
-def _split(
-    assignments: Iterable[Assignment], limit: int | None, alignment: int
-) -> tuple[tuple[Assignment, ...], ...]:
-    """Consecutive groups of at most `limit` bytes; a larger tensor gets a file of its own."""
+TENSOR_ENTRY_NBYTES = 128
+"""A tensor's entry in the header, at most."""
+
+
+def _split(plan: Plan) -> tuple[tuple[Assignment, ...], ...]:
+    """Consecutive groups that fit the largest file; a larger tensor gets a file of its own."""
     files: list[list[Assignment]] = [[]]
-    size = 0
-    for a in assignments:
-        nbytes = padded(a.nbytes, alignment)
+    size = plan.header_nbytes
+    for a in plan.assignments:
+        nbytes = padded(a.nbytes, plan.alignment) + TENSOR_ENTRY_NBYTES
+        limit = plan.max_file_nbytes
         if limit is not None and files[-1] and size + nbytes > limit:
             files.append([])
-            size = 0
+            size = 256  # the split keys
         files[-1].append(a)
         size += nbytes
     return tuple(map(tuple, files))

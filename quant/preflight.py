@@ -8,9 +8,10 @@ import psutil
 
 from quant.convert import WEIGHTS_AT_ONCE, worker_count
 from quant.display import human_bytes, printable
+from quant.durable import own_leftovers
 from quant.errors import CannotCreate, OutputFailed, Unavailable
-from quant.gguf_file import Metadata, metadata_nbytes_at_most, padded
-from quant.plan import Plan
+from quant.gguf_file import Metadata, metadata_nbytes_at_most, padded, split_paths
+from quant.plan import TENSOR_ENTRY_NBYTES, Plan
 
 BASE_NBYTES = 240 << 20
 """Python, numpy, numba's compiler and the tokenizer's tables."""
@@ -18,9 +19,6 @@ BASE_NBYTES = 240 << 20
 NBYTES_A_WORKER = 24 << 20
 """Stored, float32, scratch and encoded copies of the rows a thread works on, and those it waits
 to hand over. Measured: 282 MB in all with 2 threads, 484 MB with 16."""
-
-TENSOR_ENTRY_NBYTES = 128
-"""A tensor's entry in the header, at most."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,13 @@ class Needs:
         return Unavailable.exit_code if self.memory > self.memory_free else 0
 
 
-def measure_needs(plan: Plan, metadata: Metadata, folder: Path) -> Needs:
-    """What writing `plan` into `folder` needs. Raises CannotCreate if there is no such folder."""
+def measure_needs(plan: Plan, metadata: Metadata, output: Path) -> Needs:
+    """What writing `plan` to `output` needs. Raises CannotCreate if there is no such folder."""
+    folder = output.parent
+    if folder.exists() and not folder.is_dir():
+        raise CannotCreate(
+            f"{printable(folder)} is not a folder.", "", "Choose another folder with -o."
+        )
     if not folder.is_dir():
         raise CannotCreate(
             f"There is no folder {printable(folder)} to write into.",
@@ -53,6 +56,7 @@ def measure_needs(plan: Plan, metadata: Metadata, folder: Path) -> Needs:
             f"Make it first: mkdir -p {printable(folder)}",
         )
     status = os.statvfs(folder)
+    leftovers = sum(own_leftovers(path) for path in split_paths(output, len(plan.files)))
     widest = max(a.source.n_columns for a in plan.assignments)
     nbytes_a_worker = NBYTES_A_WORKER * max(1, widest / WEIGHTS_AT_ONCE)
     return Needs(
@@ -60,7 +64,7 @@ def measure_needs(plan: Plan, metadata: Metadata, folder: Path) -> Needs:
         + metadata_nbytes_at_most(metadata)
         + TENSOR_ENTRY_NBYTES * len(plan.assignments)
         + (1 << 20),  # the manifest, and what the file system itself takes
-        disk_free=status.f_bavail * status.f_frsize,
+        disk_free=status.f_bavail * status.f_frsize + leftovers,
         memory=BASE_NBYTES + round(nbytes_a_worker * worker_count()),
         memory_free=available_memory(),
     )
@@ -95,4 +99,5 @@ def require(needs: Needs, folder: Path) -> None:
             f"The run needs about {human_bytes(needs.memory)} of memory, and only "
             f"{human_bytes(needs.memory_free)} are free.",
             "Nothing was written.",
+            "Close other programs, or run it on a machine or in a container with more.",
         )

@@ -31,6 +31,7 @@ def rope_overrides(
     theta: float | None,
     context_length: int | None,
     current: Metadata,
+    force: bool = False,
 ) -> Metadata:
     """A copy of `current` with `--rope-scaling`, `--rope-theta` and `--context-length` applied.
 
@@ -61,7 +62,7 @@ def rope_overrides(
     if context_length is not None:
         new[f"{arch}.context_length"] = Value("u32", context_length)
     for key, value in new.items():
-        check_override(key, value, f"{value.data}", arch, metadata, force=False)
+        check_override(key, value, f"{value.data}", arch, metadata, force=force)
     return metadata | new
 
 
@@ -161,6 +162,16 @@ def rope_metadata(config: dict, arch: str) -> tuple[Metadata, list[str]]:
     raise _bad_rope(f"rope_type is {printable(kind, 40)}", UNSUPPORTED_SCALING)
 
 
+def without_scaling(config: dict) -> dict:
+    """config.json without its rotary scaling: what is left when it is set by hand."""
+    config = {key: value for key, value in config.items() if key != "rope_scaling"}
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict):
+        theta = {k: v for k, v in parameters.items() if k == "rope_theta"}
+        config["rope_parameters"] = {"rope_type": "default", **theta}
+    return config
+
+
 def _yarn_metadata(config: dict, parameters: dict) -> tuple[Metadata, list[str]]:
     """YaRN's keys without their architecture, and warnings for what they cannot say.
 
@@ -196,9 +207,11 @@ def _yarn_metadata(config: dict, parameters: dict) -> tuple[Metadata, list[str]]
     for name, fixed in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
         value = parameters.get(name)
         if value is not None and value != fixed:
-            warnings.append(
-                f"YaRN's {name} is {printable(value, 40)} in config.json; llama.cpp takes {fixed} "
-                "and GGUF has no key it would read for it."
+            raise BadInput(
+                f"YaRN's {name} is {printable(value, 40)} in config.json; llama.cpp takes {fixed}.",
+                "Its graph of this architecture reads no key for it, so positions would be wrong.",
+                "To go on without it, set the scaling by hand: --rope-scaling yarn "
+                f"--rope-factor {factor:g} --rope-original-context {original}",
             )
     reach = round(original * factor)
     if reach >= 2**31:

@@ -15,10 +15,10 @@ from quant.architectures import (
 )
 from quant.assembly import Assembly, Piece
 from quant.checkpoint import Checkpoint
-from quant.display import printable
+from quant.display import human_bytes, printable
 from quant.errors import BadInput, BadRecipe, InputMissing, UsageError
 from quant.formats.format import Format
-from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, Value
+from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, Value, metadata_nbytes_at_most
 from quant.importance import importance_metadata, match_importance, read_importance
 from quant.metadata import QUANTIZATION_VERSION, general_metadata
 from quant.metadata_checks import check_metadata
@@ -32,11 +32,12 @@ from quant.mixtures import (
 )
 from quant.overrides import apply_overrides, shorthand_overrides
 from quant.plan import Assignment, Plan
-from quant.rope import rope_overrides
+from quant.rope import rope_overrides, without_scaling
 from quant.sampling import read_profile, sampling_from_generation_config
 from quant.source import Source
 from quant.tensors import WEIGHT_DTYPES
 from quant.vocabulary import read_vocabulary
+from quant.vocabulary.pre_tokenizers import check_name
 
 DEFAULT_TYPE = "Q8_0"
 
@@ -94,7 +95,8 @@ def _plan_checkpoint(checkpoint: Checkpoint, wishes: Wishes) -> Job:
     size = read_dimensions(architecture, config)
     notes = check_graph(architecture, config)
     tensors, warnings = assemble(architecture, checkpoint, size)
-    numbers, rope_warnings = hyperparameters(architecture, config, size)
+    rope_config = config if wishes.rope_scaling is None else without_scaling(config)
+    numbers, rope_warnings = hyperparameters(architecture, rope_config, size)
     vocabulary = read_vocabulary(checkpoint, size.n_vocab, wishes.pre_tokenizer)
     n_weights = sum(t.n_weights for t in tensors if t.constant is None)
     generation_config = checkpoint.read_json("generation_config.json") or {}
@@ -108,7 +110,7 @@ def _plan_checkpoint(checkpoint: Checkpoint, wishes: Wishes) -> Job:
     }
     notes = (*notes, *warnings, *rope_warnings, *vocabulary.notes)
     assignments, more, more_notes = _assign(tensors, mixture, metadata, wishes)
-    plan = Plan(tuple(assignments), wishes.max_file_nbytes)
+    plan = Plan(tuple(assignments))
     return Job(checkpoint, plan, {**metadata, **more}, mixture.name, (*notes, *more_notes))
 
 
@@ -155,6 +157,7 @@ def _plan_gguf_copy(gguf: GgufFile, wishes: Wishes) -> Job:
         Assembly(info.name, info.shape, (Piece.whole(info),)) for info in gguf.tensors.values()
     ]
     if wishes.type_name is None:
+        _refuse_idle_choices(wishes)
         copies = [
             Assignment(t, _stored_format(t), "copied as it is", is_copy=True) for t in tensors
         ]
@@ -166,8 +169,27 @@ def _plan_gguf_copy(gguf: GgufFile, wishes: Wishes) -> Job:
         metadata, type_name = {**metadata, **more}, mixture.name
         metadata["general.file_type"] = Value("u32", mixture.file_type)
         metadata["general.quantization_version"] = Value("u32", QUANTIZATION_VERSION)
-    plan = Plan(tuple(copies), wishes.max_file_nbytes, alignment=gguf.alignment)
+    plan = Plan(tuple(copies), alignment=gguf.alignment)
     return Job(gguf, plan, metadata, type_name, tuple(notes))
+
+
+def _refuse_idle_choices(wishes: Wishes) -> None:
+    """Raise UsageError for options that could change nothing where tensors are only copied."""
+    choices = wishes.choices
+    idle = {
+        "--imatrix": wishes.imatrix,
+        "--output-type": choices.output_type,
+        "--embedding-type": choices.embedding_type,
+        "--tensor-type": choices.tensor_types,
+        "--pure": choices.pure,
+    }
+    given = [option for option, value in idle.items() if value]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)} would change nothing.",
+            "Without --type, the tensors of a GGUF file are copied as they are.",
+            "Add --type, or leave the option out.",
+        )
 
 
 def _stored_format(tensor: Assembly) -> Format:
@@ -211,6 +233,7 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
         theta=wishes.rope_theta,
         context_length=wishes.context_length,
         current=metadata,
+        force=wishes.force_override,
     )
     tensors = {a.name: a.source for a in job.plan.assignments}
     if wishes.rope_scaling is not None and "rope_freqs.weight" in tensors:
@@ -219,6 +242,8 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
             "llama.cpp would apply both, one on top of the other.",
         )
     template = wishes.chat_template and _read_template(wishes.chat_template)
+    if wishes.pre_tokenizer is not None and isinstance(job.source, GgufFile):
+        metadata["tokenizer.ggml.pre"] = Value("str", check_name(wishes.pre_tokenizer))
     overrides = shorthand_overrides(architecture, wishes.name, wishes.rms_eps, template)
     overrides += wishes.overrides
     metadata = apply_overrides(metadata, overrides, architecture, wishes.force_override)
@@ -230,7 +255,24 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
         # A GGUF file that llama.cpp would refuse may still be split or mended here.
         force=wishes.force_override or isinstance(job.source, GgufFile),
     )
-    return replace(job, metadata=metadata, notes=(*job.notes, *warnings))
+    plan = replace(
+        job.plan,
+        max_file_nbytes=wishes.max_file_nbytes,
+        header_nbytes=metadata_nbytes_at_most(metadata),
+    )
+    return replace(
+        job, plan=plan, metadata=metadata, notes=(*job.notes, *warnings, *_too_large(plan))
+    )
+
+
+def _too_large(plan: Plan) -> list[str]:
+    """A note about files that --split-max-size cannot keep small."""
+    limit = plan.max_file_nbytes
+    large = [a for a in plan.assignments if limit is not None and a.nbytes > limit]
+    if not large:
+        return []
+    names = ", ".join(printable(a.name) for a in large[:3]) + (", ..." if len(large) > 3 else "")
+    return [f"{len(large)} tensors are larger than {human_bytes(limit)} by themselves: {names}."]
 
 
 def _read_template(path: Path) -> str:

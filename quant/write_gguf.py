@@ -1,16 +1,16 @@
 """Carries out a planned job: writes the GGUF files, all or none, and records what was done."""
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quant import manifest
 from quant.convert import Change, Progress, convert
 from quant.display import printable
+from quant.durable import translated_errors, undisturbed
 from quant.errors import BadInput, CannotCreate, UsageError
-from quant.gguf_file import TensorEntry, Value, split_paths
+from quant.gguf_file import MAGIC, TensorEntry, Value, split_paths
 from quant.preflight import Needs
 from quant.sinks.gguf import GgufSink, WrittenFile, split_metadata
 from quant.source import Source, source_files
@@ -23,11 +23,7 @@ class Result:
     """What was written."""
 
     files: tuple[WrittenFile, ...]
-    changes: tuple[Change, ...] = field(default=())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
+    changes: tuple[Change, ...] = ()
 
 
 def output_path(job: Job, output: Path) -> Path:
@@ -43,9 +39,14 @@ def check_output(job: Job, output: Path, force: bool) -> list[Path]:
     """The files that will be written. Raises CannotCreate if one must not be."""
     paths = split_paths(output, len(job.plan.files))
     sources = source_files(job.source)
+    manifest.check_manifest(output.parent)
     for path in paths:
-        if path.is_dir():
-            raise CannotCreate(f"{printable(path)} is a folder.")
+        if path.name == manifest.NAME:
+            raise CannotCreate(
+                f"{manifest.NAME} is the name of the manifest that is written beside the output.",
+                "",
+                "Choose another name with -o.",
+            )
         if path.is_symlink():
             raise CannotCreate(
                 f"{printable(path)} is a symbolic link.",
@@ -54,11 +55,37 @@ def check_output(job: Job, output: Path, force: bool) -> list[Path]:
             )
         if any(path.exists() and path.samefile(source) for source in sources):
             raise UsageError(
-                f"{printable(path)} is the source itself; choose another name with -o."
+                f"{printable(path)} is the source itself.",
+                "It would be gone before it was read to its end.",
+                "Choose another name with -o.",
             )
-        if path.exists() and not force:
-            raise CannotCreate(f"{printable(path)} exists already.", "", "Replace it with --force.")
+        if path.exists():
+            _check_replaceable(path, force)
     return paths
+
+
+def _check_replaceable(path: Path, force: bool) -> None:
+    """Raise CannotCreate unless `path` is a GGUF file, or an empty one, and `force` is given."""
+    if not path.is_file():
+        raise CannotCreate(
+            f"{printable(path)} is a folder or a device, not a file.",
+            "It is never replaced.",
+            "Choose another name with -o.",
+        )
+    with translated_errors(path), open(path, "rb") as file:
+        start = file.read(len(MAGIC))
+    if start not in (MAGIC, b""):
+        raise CannotCreate(
+            f"{printable(path)} exists and is no GGUF file.",
+            "Only GGUF files are replaced, even with --force.",
+            "Remove it or choose another name with -o.",
+        )
+    if not force:
+        raise CannotCreate(
+            f"{printable(path)} exists already.",
+            "It is left as it is.",
+            "Replace it with --force, or choose another name with -o.",
+        )
 
 
 def write_gguf(
@@ -67,11 +94,13 @@ def write_gguf(
     *,
     force: bool = False,
     nan_policy: str = "refuse",
+    command: tuple[str, ...] = (),
     progress: Progress = lambda n_weights: None,
     verifying: Callable[[], None] = lambda: None,
 ) -> Result:
     """Carry out the job. The output appears whole and verified, or not at all.
 
+    command: what the user typed, for the manifest; without secrets.
     Raises OutputFailed, CannotCreate, or BadInput if the weights hold NaN or the source changed.
     """
     paths = check_output(job, output, force)
@@ -93,13 +122,14 @@ def write_gguf(
         verifying()
         files = tuple(sink.finish() for sink in sinks)
         _check_unchanged(job.source, before)
-        for sink in sinks:
-            sink.publish()
+        with undisturbed():
+            for sink in sinks:
+                sink.publish()
     finally:
         for sink in sinks:
             sink.discard()
     result = Result(files, tuple(changes))
-    _record(job, paths[0], result, before)
+    _record(job, paths[0], result, before, command)
     return result
 
 
@@ -114,10 +144,16 @@ def _check_unchanged(source: Source, before: list[manifest.SourceFile]) -> None:
         )
 
 
-def _record(job: Job, path: Path, result: Result, sources: list[manifest.SourceFile]) -> None:
+def _record(
+    job: Job,
+    path: Path,
+    result: Result,
+    sources: list[manifest.SourceFile],
+    command: tuple[str, ...],
+) -> None:
     """Write the output's entry in the manifest."""
     entry = {
-        "command": sys.argv[1:],
+        "command": list(command),
         "source": {
             "model": str(getattr(job.source, "name", None) or job.source.path),
             "revision": getattr(job.source, "revision", None),

@@ -117,6 +117,42 @@ def test_outputs_that_must_not_be_written(tiny_qwq, tmp_path):
     assert nowhere.returncode == 73 and "mkdir" in nowhere.stderr
 
 
+def test_files_that_are_no_gguf_are_never_replaced(tiny_qwq, tmp_path):
+    import os
+
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for name in ("config.json", "pipe.gguf", "qwq-quant.json"):
+        done = child("to-gguf", tiny_qwq, "-o", tmp_path / name, "--force")
+        assert done.returncode == 73, done.stderr
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_foreign_manifest_is_not_overwritten(tiny_qwq, tmp_path):
+    for content in ("[]", "not json", '{"outputs": 3}'):
+        (tmp_path / "qwq-quant.json").write_text(content)
+        done = child("to-gguf", tiny_qwq, "-o", tmp_path / "m.gguf")
+        assert done.returncode == 73 and "no manifest" in done.stderr
+        assert [p.name for p in tmp_path.iterdir()] == ["qwq-quant.json"]
+        assert (tmp_path / "qwq-quant.json").read_text() == content
+
+
+@pytest.mark.parametrize("form", [["--token", "hf_SECRET"], ["--token=hf_SECRET"]])
+def test_the_token_is_written_nowhere(form, tiny_qwq, tmp_path):
+    done = child("to-gguf", tiny_qwq, "-o", tmp_path / "m.gguf", *form)
+    assert done.returncode == 0 and "SECRET" not in done.stdout + done.stderr
+    for path in tmp_path.iterdir():
+        assert b"SECRET" not in path.read_bytes()
+    assert "***" in (tmp_path / "qwq-quant.json").read_text()
+
+
+def test_closed_and_full_streams(tiny_qwq, tmp_path):
+    command = f"{sys.executable} -c '{RUN}' to-gguf {tiny_qwq} -o {tmp_path} --force"
+    for tail, code in ((">&-", 0), ("2>&-", 0), ("--dry-run >/dev/full", 74)):
+        done = subprocess.run(["bash", "-c", f"{command} {tail}"], capture_output=True, text=True)
+        assert done.returncode == code, (tail, done.stderr)
+
+
 def test_json_plan_and_result(tiny_qwq, tmp_path):
     args = ("to-gguf", tiny_qwq, "-o", tmp_path / "m.gguf", "--type", "q8_0", "--format", "json")
     plan = json.loads(child(*args, "--dry-run").stdout)

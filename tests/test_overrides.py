@@ -19,7 +19,13 @@ from quant.errors import BadInput, BadRecipe, UsageError
 from quant.gguf_file import SCALAR_TYPES, Value
 from quant.metadata_checks import check_metadata
 from quant.overrides import apply_overrides, parse_override, shorthand_overrides
-from quant.rope import llama3_rope_factors, rope_metadata, rope_overrides, yarn_magnitude
+from quant.rope import (
+    llama3_rope_factors,
+    rope_metadata,
+    rope_overrides,
+    without_scaling,
+    yarn_magnitude,
+)
 
 TINY = Path(__file__).parents[1] / "examples/tiny-qwq"
 N_VOCAB = 4096
@@ -823,18 +829,22 @@ def test_yarn_of_config_json():
 
 
 def test_yarn_warnings():
-    scaling = {"type": "yarn", "factor": 4.0, "beta_fast": 64, "beta_slow": 2, "truncate": False}
-    metadata, warnings = rope_metadata(tiny_config(rope_scaling=scaling), "qwen2")
+    usual = {"type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1, "truncate": True}
+    metadata, warnings = rope_metadata(tiny_config(rope_scaling=usual), "qwen2")
     assert metadata["qwen2.rope.scaling.original_context_length"].data == 2048
-    assert [w.split(" in config")[0].split(" (")[0] for w in warnings] == [
+    assert [w.split(" (")[0] for w in warnings] == [
         "YaRN has no original_max_position_embeddings; max_position_embeddings",
-        "YaRN's beta_fast is 64",
-        "YaRN's beta_slow is 2",
-        "YaRN's truncate is False",
         "context_length is 8192, YaRN's 2048 x 4; config.json's max_position_embeddings is 2048.",
     ]
-    usual = {**scaling, "beta_fast": 32.0, "beta_slow": 1, "truncate": True}
-    assert len(rope_metadata(tiny_config(rope_scaling=usual), "qwen2")[1]) == 2
+
+
+@pytest.mark.parametrize("odd", [{"beta_fast": 64}, {"beta_slow": 2}, {"truncate": False}])
+def test_yarn_that_llama_cpp_would_compute_otherwise_is_refused(odd):
+    config = tiny_config(rope_scaling={"type": "yarn", "factor": 4.0, **odd})
+    with pytest.raises(BadInput, match="--rope-scaling yarn --rope-factor 4"):
+        rope_metadata(config, "qwen2")
+    by_hand, warnings = rope_metadata(without_scaling(config), "qwen2")
+    assert "qwen2.rope.scaling.type" not in by_hand and not warnings
 
 
 def test_original_length_at_the_top_level_wins():

@@ -209,6 +209,84 @@ def test_16_bit_gguf_is_encoded_like_its_checkpoint(tiny_qwq, tmp_path):
     assert again.exit_code == 65 and "quantized already" in again.output
 
 
+def test_a_split_keeps_its_alignment_and_its_size(tiny_qwq, tmp_path):
+    whole = write(tiny_qwq, tmp_path / "m.gguf", "Q4_0")
+    aligned = tmp_path / "a.gguf"
+    reader = open_gguf(whole)
+    writer = gguf.GGUFWriter(aligned, "qwen2")
+    writer.add_custom_alignment(128)
+    for tensor in gguf.GGUFReader(whole).tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for source, limit in ((aligned, 900_000), (whole, 900_000)):
+        output = tmp_path / f"{source.stem}-parts.gguf"
+        result = run("to-gguf", source, "-o", output, "--split-max-size", limit)
+        assert result.exit_code == 0, result.output
+        parts = sorted(tmp_path.glob(f"{source.stem}-parts-*.gguf"))
+        assert len(parts) > 3 and max(p.stat().st_size for p in parts) <= limit
+        again = open_gguf(parts[0])
+        assert list(again.tensors) == list(reader.tensors)
+        result = run("to-gguf", parts[0], "-o", parts[0], "--force", "--split-max-size", limit)
+        assert result.exit_code == 2 and "source itself" in result.output
+
+
+def test_options_that_a_copy_would_ignore_are_refused(tiny_qwq, tmp_path):
+    whole = write(tiny_qwq, tmp_path / "m.gguf", "Q4_0")
+    for option in (["--pure"], ["--imatrix", "x"], ["--tensor-type", "ffn=Q8_0"]):
+        result = run("to-gguf", whole, "-o", tmp_path / "n.gguf", *option)
+        assert result.exit_code == 2 and option[0] in result.output
+    result = run("to-gguf", whole, "-o", tmp_path / "n.gguf", "--pre-tokenizer", "qwn2")
+    assert result.exit_code == 2 and "qwen2" in result.output
+    result = run("to-gguf", whole, "-o", tmp_path / "n.gguf", "--pre-tokenizer", "llama-bpe")
+    assert result.exit_code == 0, result.output
+    assert open_gguf(tmp_path / "n.gguf").metadata["tokenizer.ggml.pre"].data == "llama-bpe"
+
+
+def test_a_gguf_with_nan_can_still_be_split(spoiled, tmp_path):
+    whole = tmp_path / "m.gguf"
+    args = ("--type", "F32", "--nan-policy", "keep-16bit")
+    kept = run("to-gguf", spoiled(np.nan), "-o", whole, *args)
+    assert kept.exit_code == 0 and "3 NaN or infinite weights were kept" in kept.output
+    result = run("to-gguf", whole, "-o", tmp_path / "p.gguf", "--split-max-size", "3MB")
+    assert result.exit_code == 0 and "were kept" in result.output
+    result = run("to-gguf", tmp_path / "p-00001-of-00002.gguf", "-o", tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == whole.read_bytes()
+
+
+def test_fp8_blocks_of_another_size(made_models, tmp_path):
+    """The config says how large blocks are; the number of scales alone does not."""
+    import torch
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    folder, _ = made_models("qwen3")
+    shutil.copytree(folder, tmp_path / "fp8")
+    tensors = load_torch(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"  # 192 x 128
+    scale = torch.tensor([[1e-3, 2e-3], [3e-3, 4e-3]])
+    wide = scale.repeat_interleave(100, 0).repeat_interleave(100, 1)[:192, :128]
+    stored = (tensors[name] / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+    expected = (stored.float() * wide).numpy()
+    save_torch(
+        tensors | {name: stored, f"{name}_scale_inv": scale},
+        tmp_path / "fp8" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    for block, code in (([100, 100], 0), ([96, 96], 0), ([64, 64], 65), ([100], 65)):
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": block}
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+        output = tmp_path / "m.gguf"
+        result = run("to-gguf", tmp_path / "fp8", "-o", output, "--type", "F32", "--force")
+        assert result.exit_code == code, result.output
+        if block == [100, 100]:
+            found = {t.name: t.data for t in gguf.GGUFReader(output).tensors}
+            assert np.array_equal(found["blk.0.ffn_up.weight"], expected)
+
+
 # --- weights that do not fit ------------------------------------------------------------------
 
 
@@ -404,6 +482,20 @@ def test_a_killed_run_leaves_no_final_name_and_the_next_run_succeeds(tmp_path):
     assert not (tmp_path / "m.gguf").exists()
     assert run("to-gguf", made, "-o", tmp_path / "m.gguf", "--type", "F32").exit_code == 0
     assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_an_ended_run_cleans_up(number, tmp_path):
+    make_model("qwen2", tmp_path / "model", num_hidden_layers=60, hidden_size=512)
+    process = child("to-gguf", tmp_path / "model", "-o", tmp_path / "m.gguf", "--type", "Q4_K_M")
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".*.partial")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Interrupted" in error
+    assert sorted(os.listdir(tmp_path)) == ["model"]
 
 
 def test_a_second_run_on_the_same_output_is_refused(tiny_qwq, tmp_path):

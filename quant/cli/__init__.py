@@ -4,9 +4,12 @@ Commands are imported only when they are used or listed, and import the library 
 run, so that help answers at once.
 """
 
+import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 
 import click
 
@@ -21,7 +24,7 @@ COMMANDS = {
 
 EPILOG = """Exit codes: 0 done, 2 wrong usage, 65 bad input, 66 input missing, 69 library, hub or
 memory unavailable, 70 internal error, 73 output cannot be created, 74 disk full or I/O error,
-77 no permission, 78 bad recipe or override, 130 interrupted."""
+77 no permission, 78 bad recipe or override, 130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP."""
 
 
 class _Commands(click.Group):
@@ -29,10 +32,11 @@ class _Commands(click.Group):
 
     def main(self, *args, standalone_mode=True, **kwargs):
         """Run a command; every failure becomes a message on stderr and an exit code."""
+        _replace_closed_streams()
+        _catch_ending_signals()
         try:
-            code = _exit_code(
-                lambda: super(_Commands, self).main(*args, standalone_mode=False, **kwargs)
-            )
+            run = super().main
+            code = _exit_code(lambda: run(*args, standalone_mode=False, **kwargs))
         except BrokenPipeError:  # `| head` closed our output
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
@@ -62,6 +66,25 @@ def _nearest(word: str, words) -> str | None:
     return next(iter(get_close_matches(word, words, 1)), None)
 
 
+def _replace_closed_streams() -> None:
+    """Python has None for a stream that was closed (`>&-`, some daemons): print to nowhere then."""
+    nowhere = open(os.devnull, "w")  # noqa: SIM115, for as long as the program runs
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+
+
+class _Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: cleaned up after like Ctrl-C."""
+
+
+def _catch_ending_signals() -> None:
+    def end(number, frame):
+        raise _Ended(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
+
+
 def _exit_code(run) -> int:
     """Call `run`; its exit code. Errors are printed, or raised again under --debug."""
     try:
@@ -73,9 +96,10 @@ def _exit_code(run) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         click.echo("Interrupted. Nothing was left half-written.", err=True)
-        return 130
+        ended = error.__cause__ or error
+        return 128 + ended.args[0] if isinstance(ended, _Ended) else 130
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -89,6 +113,8 @@ def _exit_code(run) -> int:
 def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, QwqQuantError):
         return str(error), error.exit_code
+    if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+        return "What was to be printed could not be written: no space is left.", 74
     if isinstance(error, MemoryError):
         return "The machine has not enough memory for this.", 69
     return (

@@ -1,6 +1,7 @@
 """Options that several commands share, each defined once."""
 
 import re
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -16,9 +17,12 @@ class Size(click.ParamType):
 
     def convert(self, value, param, ctx):
         try:
-            return value if isinstance(value, int) else parse_size(value)
+            size = parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if size < 1:
+            self.fail("a size above 0 is needed", param, ctx)
+        return size
 
 
 class Name(click.ParamType):
@@ -40,6 +44,18 @@ class Name(click.ParamType):
         return name
 
 
+class Output(click.ParamType):
+    """A path to write; one that ends in a slash means a folder, which must be there."""
+
+    name = "path"
+
+    def convert(self, value, param, ctx):
+        path = Path(value)
+        if str(value).endswith("/") and not path.is_dir():
+            self.fail(f"there is no folder {printable(value)}", param, ctx)
+        return path
+
+
 class PatternFormat(click.ParamType):
     """PATTERN=FORMAT: a regular expression and a format's name."""
 
@@ -57,6 +73,18 @@ class PatternFormat(click.ParamType):
         except re.error as error:
             self.fail(f"{printable(pattern)} is no regular expression: {error}.", param, ctx)
         return pattern, self._format.convert(name, param, ctx)
+
+
+def typed_command() -> tuple[str, ...]:
+    """The command as it was typed, for the manifest; the access token is left out."""
+    typed, hide_next = [], False
+    for word in sys.argv[1:]:
+        if hide_next:
+            typed.append("***")
+        else:
+            typed.append("--token=***" if word.startswith("--token=") else word)
+        hide_next = word == "--token" and not hide_next
+    return tuple(typed)
 
 
 def model_options(command):

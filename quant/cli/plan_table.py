@@ -1,6 +1,7 @@
 """The plan of a GGUF file as a table that fits 80 columns."""
 
 import sys
+import textwrap
 
 import click
 
@@ -31,8 +32,16 @@ def print_plan(job, needs) -> None:
     click.echo(f"Disk:   {_against(needs.disk, needs.disk_free)}")
     click.echo(f"Memory: {_against(needs.memory, needs.memory_free)}")
     for note in job.notes:
-        click.echo(f"Note:   {note}")
+        print_note(note)
     sys.stdout.flush()
+
+
+def print_note(text: str, err: bool = False) -> None:
+    """A note to the user, wrapped at 80 columns."""
+    indent = " " * 8
+    click.echo(
+        textwrap.fill(text, 80, initial_indent="Note:   ", subsequent_indent=indent), err=err
+    )
 
 
 def print_columns(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:

@@ -30,7 +30,7 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=options.Output(),
     help="File to write, or a folder: then the file is named after model and type.",
 )
 @click.option(
@@ -151,7 +151,7 @@ def _print_plan(job, output: Path, output_format: str) -> int:
     from quant.preflight import measure_needs
     from quant.write_gguf import describe_json, output_path
 
-    needs = measure_needs(job.plan, job.metadata, output_path(job, output).parent)
+    needs = measure_needs(job.plan, job.metadata, output_path(job, output))
     if output_format == "json":
         click.echo(describe_json(job, needs))
     else:
@@ -160,15 +160,16 @@ def _print_plan(job, output: Path, output_format: str) -> int:
 
 
 def _write(job, output: Path, force: bool, nan_policy: str, output_format: str) -> None:
+    from quant.cli.plan_table import print_note
     from quant.cli.progress import BytesProgress
     from quant.display import printable
     from quant.preflight import measure_needs, require
     from quant.write_gguf import output_path, result_summary, write_gguf
 
     path = output_path(job, output)
-    require(measure_needs(job.plan, job.metadata, path.parent), path.parent)
+    require(measure_needs(job.plan, job.metadata, path), path.parent)
     for note in job.notes:
-        click.echo(f"Note: {note}", err=True)
+        print_note(note, err=True)
     started = time.monotonic()
     nbytes, n_weights = job.plan.nbytes, job.plan.n_weights
     with BytesProgress("Writing", nbytes) as bar:
@@ -177,11 +178,12 @@ def _write(job, output: Path, force: bool, nan_policy: str, output_format: str) 
             path,
             force=force,
             nan_policy=nan_policy,
+            command=options.typed_command(),
             progress=lambda n: bar.advance(n * nbytes // n_weights),
             verifying=lambda: bar.message("Reading it back"),
         )
     for change in result.changes:
-        click.echo(f"Note: {printable(change.name)}: {change.why}.", err=True)
+        print_note(f"{printable(change.name)}: {change.why}.", err=True)
     if output_format == "json":
         click.echo(json.dumps(result_summary(job, result), indent=1))
     else:

@@ -30,9 +30,17 @@ def read_byte_level(tokenizer: dict, pre_tokenizer: str | None) -> Draft:
                 f"tokenizer.json's model sets {key} to {quoted(model[key])}.",
                 "llama.cpp's byte-level BPE has no such thing: its tokens would be others.",
             )
+    notes = list(notes)
+    if any(
+        part.get("type") == "NFC" for part in flatten(tokenizer.get("normalizer"), "normalizers")
+    ):
+        notes.append(
+            "The tokenizer composes characters first (NFC) and llama.cpp does not: letters with "
+            "decomposed accents get other tokens there."
+        )
     merges = [f"{left} {right}" for left, right in _reachable(read_merges(model, ids))]
     types = dict.fromkeys(ids.values(), NORMAL)
-    return Draft("gpt2", pre, ids, types, merges=merges, notes=list(notes))
+    return Draft("gpt2", pre, ids, types, merges=merges, notes=notes)
 
 
 def _reachable(merges: list[tuple[str, str]]) -> list[tuple[str, str]]:

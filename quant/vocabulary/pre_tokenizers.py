@@ -192,7 +192,7 @@ def choose_pre_tokenizer(tokenizer: dict, wanted: str | None) -> tuple[str, tupl
     Raises BadInput if the rules are unknown, UsageError if llama.cpp knows no `wanted`.
     """
     if wanted is not None:
-        return _checked_name(wanted), ()
+        return check_name(wanted), ()
     steps = read_steps(tokenizer)
     rows = [row for row in KNOWN if row.steps == steps]
     if not rows:
@@ -216,7 +216,8 @@ def choose_pre_tokenizer(tokenizer: dict, wanted: str | None) -> tuple[str, tupl
     return row.name, tuple(notes)
 
 
-def _checked_name(wanted: str) -> str:
+def check_name(wanted: str) -> str:
+    """`wanted`, if llama.cpp knows a pre-tokenizer of that name. Raises UsageError."""
     if wanted in PRE_TOKENIZERS:
         return wanted
     near = difflib.get_close_matches(wanted, PRE_TOKENIZERS, n=1)
