@@ -36,3 +36,14 @@ def test_links_and_figures_point_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+def test_the_numbers_are_the_committed_ones():
+    import csv
+
+    with open(ROOT / "benchmarks" / "convert.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert "@" not in re.sub(r"`[^`]*`|\S+@\S+", "", README)
+    for row in rows:
+        times = row["times_faster"].split(" (")[0]
+        assert times in README and row["ours_peak_mb"].split(" (")[0] in README
