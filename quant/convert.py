@@ -98,10 +98,11 @@ def _work_ahead(
 ) -> Iterator[Future]:
     """Results of encode_rows for every range of every tensor, in order, a few ahead of use."""
     ahead: deque[Future] = deque()
+    most_ahead = 2 * worker_count()
     for assignment in assignments:
         for start, stop in assignment.source.row_ranges(WEIGHTS_AT_ONCE):
             ahead.append(pool.submit(encode_rows, assignment, reader, start, stop, nan_policy))
-            if len(ahead) > 2 * worker_count():
+            if len(ahead) > most_ahead:
                 yield ahead.popleft()
     yield from ahead
 

@@ -125,7 +125,7 @@ def parse_json(raw: bytes, path: Path, part: str = "") -> dict:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A vocabulary's 150,000 small lists are no cycles; looking for some takes a third longer."""
+    """A vocabulary's 150,000 small lists are no cycles, and looking for some costs time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -26,7 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from ggml_oracle import library, quantize  # noqa: E402
+from ggml_oracle import libggml, quantize  # noqa: E402
 
 N_COLUMNS = 4096
 
@@ -78,7 +78,7 @@ def main() -> None:
         os.environ["NUMBA_CACHE_DIR"] = cache  # numba, imported by the first encode, reads it
         from quant.formats import FORMATS
 
-        requires_importance = library().ggml_quantize_requires_imatrix
+        requires_importance = libggml().ggml_quantize_requires_imatrix
         requires_importance.restype = ctypes.c_bool
         if unknown := set(args.types or ()) - set(FORMATS):
             parser.error(f"unknown types: {', '.join(sorted(unknown))}")

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
+def libggml() -> ctypes.CDLL:
     """libggml-base of the installed llama-cpp-python. Raises RuntimeError if there is none."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
@@ -35,7 +35,7 @@ def quantize(type_id: int, w: np.ndarray, importance: np.ndarray | None = None) 
     assert importance is None or (
         importance.dtype == np.float32 and importance.shape == w.shape[1:]
     )
-    ggml = library()
+    ggml = libggml()
     n_rows, n_columns = w.shape
     out = np.empty((n_rows, ggml.ggml_row_size(type_id, n_columns)), np.uint8)
     ggml.ggml_quantize_init(type_id)

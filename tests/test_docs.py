@@ -47,3 +47,18 @@ def test_the_numbers_are_the_committed_ones():
     for row in rows:
         times = row["times_faster"].split(" (")[0]
         assert times in README and row["ours_peak_mb"].split(" (")[0] in README
+
+
+def test_the_example_is_what_the_program_prints(tmp_path):
+    """The table and the notes; disk and memory free, and seconds, are the machine's own."""
+    from click.testing import CliRunner
+
+    from quant.cli import cli
+
+    model = ROOT / "examples" / "tiny-qwq"
+    args = ["to-gguf", str(model), "-o", str(tmp_path / "m.gguf"), "--type", "Q4_K_M", "--dry-run"]
+    printed = CliRunner().invoke(cli, args).output.splitlines()
+    shown = {line.strip() for line in README.splitlines()}
+    kept = [line.strip() for line in printed if not line.startswith(("Disk:", "Memory:"))]
+    assert len(kept) > 18
+    assert [line for line in kept if line and line not in shown] == []

@@ -83,7 +83,7 @@ class _GgufInitParams(ctypes.Structure):
 
 def ggml(name: str, restype, *arguments):
     """Call a function of libggml-base; str, int, structures and pointers as they come."""
-    function = getattr(ggml_oracle.library(), name)
+    function = getattr(ggml_oracle.libggml(), name)
     function.restype = restype
     function.argtypes = None
     return function(*[
