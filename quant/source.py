@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quant.checkpoint import Checkpoint, read_config
+from quant.display import printable
+from quant.errors import UsageError
 from quant.gguf_file import GgufFile, open_gguf
 from quant.hub import resolve
 
@@ -34,6 +36,21 @@ def open_source(
     if found.path.is_dir():
         return Checkpoint.open(found.path, found.name, found.revision)
     return open_gguf(found.path)
+
+
+def open_checkpoint(model: str, **options) -> Checkpoint:
+    """MODEL, for commands that run it: a folder or a repository. Options as for open_source.
+
+    Raises UsageError for a GGUF file.
+    """
+    source = open_source(model, **options)
+    if isinstance(source, GgufFile):
+        raise UsageError(
+            f"{printable(source.path)} is a GGUF file; this needs the checkpoint it came from.",
+            "Its layers are run with transformers, which reads safetensors.",
+            "Give the model's folder, or org/name on the hub.",
+        )
+    return source
 
 
 def source_files(source: Source) -> list[Path]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from quant import manifest
 from quant.convert import Change, Progress, convert
 from quant.display import printable
-from quant.durable import translated_errors, undisturbed
-from quant.errors import BadInput, CannotCreate, UsageError
+from quant.durable import undisturbed
+from quant.errors import BadInput
 from quant.gguf_file import MAGIC, TensorEntry, Value, split_paths
+from quant.output_file import check_output_file
 from quant.preflight import Needs
 from quant.sinks.gguf import GgufSink, WrittenFile, split_metadata
 from quant.source import Source, source_files
@@ -41,51 +42,8 @@ def check_output(job: Job, output: Path, force: bool) -> list[Path]:
     sources = source_files(job.source)
     manifest.check_manifest(output.parent)
     for path in paths:
-        if path.name == manifest.NAME:
-            raise CannotCreate(
-                f"{manifest.NAME} is the name of the manifest that is written beside the output.",
-                "",
-                "Choose another name with -o.",
-            )
-        if path.is_symlink():
-            raise CannotCreate(
-                f"{printable(path)} is a symbolic link.",
-                "Writing through it could reach a file that others share.",
-                "Remove it or choose another name with -o.",
-            )
-        if any(path.exists() and path.samefile(source) for source in sources):
-            raise UsageError(
-                f"{printable(path)} is the source itself.",
-                "It would be gone before it was read to its end.",
-                "Choose another name with -o.",
-            )
-        if path.exists():
-            _check_replaceable(path, force)
+        check_output_file(path, force=force, sources=sources, starts_with=MAGIC, kind="GGUF file")
     return paths
-
-
-def _check_replaceable(path: Path, force: bool) -> None:
-    """Raise CannotCreate unless `path` is a GGUF file, or an empty one, and `force` is given."""
-    if not path.is_file():
-        raise CannotCreate(
-            f"{printable(path)} is a folder or a device, not a file.",
-            "It is never replaced.",
-            "Choose another name with -o.",
-        )
-    with translated_errors(path), open(path, "rb") as file:
-        start = file.read(len(MAGIC))
-    if start not in (MAGIC, b""):
-        raise CannotCreate(
-            f"{printable(path)} exists and is no GGUF file.",
-            "Only GGUF files are replaced, even with --force.",
-            "Remove it or choose another name with -o.",
-        )
-    if not force:
-        raise CannotCreate(
-            f"{printable(path)} exists already.",
-            "It is left as it is.",
-            "Replace it with --force, or choose another name with -o.",
-        )
 
 
 def write_gguf(

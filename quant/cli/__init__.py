@@ -19,6 +19,7 @@ from quant.errors import QwqQuantError
 
 COMMANDS = {
     "to-gguf": "quant.cli.to_gguf",
+    "imatrix": "quant.cli.imatrix",
     "inspect": "quant.cli.inspect",
 }
 

@@ -119,3 +119,44 @@ dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and write
 force = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+
+
+def calibration_options(seq_len: int, n_tokens: int):
+    """How a model is run to see its activations: --calibration --tokens --seq-len --device."""
+
+    def add(command):
+        for option in reversed(
+            (
+                click.option(
+                    "--calibration",
+                    type=click.Path(path_type=Path),
+                    help="Text to run the model on: a plain file, or JSON lines with a text each. "
+                    "[default: a built-in text: languages, code, reasoning]",
+                ),
+                click.option(
+                    "--tokens",
+                    "n_tokens",
+                    type=click.IntRange(min=1),
+                    default=n_tokens,
+                    show_default=True,
+                    help="How many tokens of it, spread evenly over the text.",
+                ),
+                click.option(
+                    "--seq-len",
+                    type=click.IntRange(min=2),
+                    default=seq_len,
+                    show_default=True,
+                    help="Tokens in a sequence.",
+                ),
+                click.option(
+                    "--device",
+                    default="auto",
+                    show_default=True,
+                    help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.",
+                ),
+            )
+        ):
+            command = option(command)
+        return command
+
+    return add

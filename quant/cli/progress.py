@@ -12,8 +12,8 @@ QUIET_SECONDS = 2.0
 LINE_SECONDS = 15.0
 
 
-class BytesProgress:
-    """Bytes done, rate and time left. Use as a context manager; `advance` from one thread."""
+class Progress:
+    """Steps done and time left. Use as a context manager; `advance` from one thread."""
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done = label, total, 0
@@ -29,8 +29,8 @@ class BytesProgress:
         if self._shown and self._tty:
             click.echo("\r\x1b[K", nl=False, err=True)
 
-    def advance(self, nbytes: int) -> None:
-        self.done += nbytes
+    def advance(self, n: int = 1) -> None:
+        self.done += n
         now = time.monotonic()
         if now >= self._next:
             self._show(now)
@@ -45,12 +45,21 @@ class BytesProgress:
         self._shown = True
         rate = self.done / (now - self._start)
         left = (self.total - self.done) / rate if rate else 0
-        line = (
-            f"{self.label}: {human_bytes(self.done)} of {human_bytes(self.total)} "
-            f"({100 * self.done / self.total:.0f} %), {human_bytes(rate)}/s, "
-            f"{_duration(left)} left"
-        )
+        line = f"{self.label}: {self._amount(rate)}, {_duration(left)} left"
         click.echo(f"\r\x1b[K{line}" if self._tty else line, nl=not self._tty, err=True)
+
+    def _amount(self, rate: float) -> str:
+        return f"{self.done} of {self.total}"
+
+
+class BytesProgress(Progress):
+    """Bytes done, their share, and the rate."""
+
+    def _amount(self, rate: float) -> str:
+        return (
+            f"{human_bytes(self.done)} of {human_bytes(self.total)} "
+            f"({100 * self.done / self.total:.0f} %), {human_bytes(rate)}/s"
+        )
 
 
 def _duration(seconds: float) -> str:

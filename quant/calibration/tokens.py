@@ -1,0 +1,77 @@
+"""Token sequences of one length, cut from a text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quant.checkpoint import Checkpoint
+from quant.display import printable
+from quant.errors import BadInput
+from quant.texts import Texts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Calibration tokens, and where they come from."""
+
+    ids: np.ndarray  # int64 (n_sequences, seq_len)
+    text_name: str
+    text_sha256: str
+
+    @property
+    def seq_len(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.ids.size
+
+
+def read_tokenizer(folder: Path):
+    """transformers' tokenizer of a model folder; never code from it. Raises BadInput."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise BadInput(
+            f"The tokenizer in {printable(folder)} cannot be loaded.",
+            f"transformers says: {printable(error)}.",
+        ) from error
+
+
+def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int) -> Tokens:
+    """Sequences of `seq_len` tokens from the whole of `texts`, about `n_tokens` in all.
+
+    Each begins with the BOS token where the tokenizer puts one before a text. When there is more
+    text than asked for, the sequences are spread evenly over it, so that all its kinds are seen.
+    Raises BadInput if there is too little text for one sequence.
+    """
+    tokenizer = read_tokenizer(checkpoint.folder)
+    start = _start_tokens(tokenizer)
+    encoded = (
+        tokenizer(record.text, add_special_tokens=False, verbose=False).input_ids
+        for record in texts.records
+    )
+    stream = np.concatenate([np.asarray(ids, np.int64) for ids in encoded])
+    payload = seq_len - len(start)
+    n_there = len(stream) // payload
+    if n_there == 0:
+        raise BadInput(
+            f"{printable(texts.name)} has only {len(stream)} tokens.",
+            f"One sequence of {seq_len} is the least that can be used.",
+            "Give a longer text, or a smaller --seq-len.",
+        )
+    n_wanted = min(n_there, max(1, n_tokens // seq_len))
+    chosen = np.arange(n_wanted) * n_there // n_wanted
+    pieces = stream[: n_there * payload].reshape(n_there, payload)[chosen]
+    starts = np.broadcast_to(np.asarray(start, np.int64), (n_wanted, len(start)))
+    return Tokens(np.concatenate([starts, pieces], axis=1), texts.name, texts.sha256)
+
+
+def _start_tokens(tokenizer) -> list[int]:
+    """[BOS] if the tokenizer puts it before every text, else nothing."""
+    bos = tokenizer.bos_token_id
+    first = tokenizer("a").input_ids[:1]
+    return first if bos is not None and first == [bos] else []

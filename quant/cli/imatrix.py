@@ -1,0 +1,68 @@
+"""qwq-quant imatrix: which input columns of every weight matter, as llama.cpp's imatrix file."""
+
+import time
+
+import click
+
+from quant.cli import options
+
+
+@click.command("imatrix")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=options.Output(), help="File to write (GGUF).")
+@options.calibration_options(seq_len=512, n_tokens=65536)
+@options.force
+@options.model_options
+@options.debug
+def command(
+    model, output, calibration, n_tokens, seq_len, device, force, revision, token, cache_dir,
+    offline,
+):  # fmt: skip
+    """Compute the importance matrix of MODEL, for to-gguf --imatrix and llama-quantize.
+
+    Runs the checkpoint over a text, one decoder layer in memory at a time: QwQ-32B needs 3 GB and
+    no 16-bit GGUF file first. The file is what llama-imatrix writes.
+
+    \b
+    Example:
+      qwq-quant imatrix examples/tiny-qwq -o imatrix.gguf --tokens 8192
+      qwq-quant to-gguf examples/tiny-qwq -o tiny.gguf --type IQ2_M \\
+          --imatrix imatrix.gguf
+    """
+    from quant.architectures import find_architecture
+    from quant.cli.progress import Progress
+    from quant.display import printable
+    from quant.output_file import check_output_file
+    from quant.source import open_checkpoint, source_files
+    from quant.texts import built_in_texts, read_texts
+
+    checkpoint = open_checkpoint(
+        model,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        offline=offline,
+        check_config=find_architecture,
+    )
+    check_output_file(
+        output, force=force, sources=source_files(checkpoint), starts_with=b"GGUF", kind="GGUF file"
+    )
+    texts = built_in_texts() if calibration is None else read_texts(calibration)
+    started = time.monotonic()
+
+    from quant.calibration.device import choose_device
+    from quant.calibration.streamed_model import StreamedModel
+    from quant.calibration.tokens import cut_tokens
+    from quant.imatrix import measure_importance
+    from quant.importance import write_importance
+
+    streamed = StreamedModel(checkpoint, device=choose_device(device))
+    tokens = cut_tokens(checkpoint, texts, n_tokens, seq_len)
+    with Progress("Layers", streamed.n_layers) as bar:
+        squares, counts = measure_importance(streamed, tokens, lambda _: bar.advance())
+    n_chunks = len(tokens.ids)
+    write_importance(output, squares, counts, seq_len, n_chunks, [texts.name])
+    click.echo(
+        f"{printable(output)}  {len(squares)} weights seen by {tokens.n_tokens} tokens of "
+        f"{printable(texts.name)}, in {time.monotonic() - started:.1f} s."
+    )
