@@ -2,19 +2,25 @@
 
 A file is written under a temporary name in its own folder, flushed to the disk, checked, and only
 then given its final name. The temporary file is also the lock: a second run on the same output is
-refused while the first one lives, and takes the file over if the first one was killed.
+refused while the first one lives, and takes the file over if the first one was killed. A folder of
+files is treated alike.
 """
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 from quant.display import human_bytes, printable
 from quant.errors import CannotCreate, OutputFailed, QwqQuantError
+
+MANIFEST = "qwq-quant.json"
+"""Names what a folder was filled with; written by quant.manifest."""
 
 
 class PendingFile:
@@ -23,23 +29,21 @@ class PendingFile:
     def __init__(self, path: Path):
         self.path = path
         self.temporary = path.with_name(f".{path.name}.partial")
-        with translated_errors(path):
-            self.descriptor = self._open_alone()
-            os.ftruncate(self.descriptor, 0)
+        self.descriptor = -1
+        try:
+            with translated_errors(path):
+                with undisturbed():  # Ctrl-C must find it either absent or known
+                    self.descriptor = self._open_alone()
+                os.ftruncate(self.descriptor, 0)
+        except BaseException:
+            self.discard()
+            raise
 
     def _open_alone(self) -> int:
         """Open the temporary file and lock it. Raises CannotCreate if another run holds it."""
         while True:
             descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise CannotCreate(
-                    f"Another run is writing {printable(self.path)} just now.",
-                    "",
-                    "Wait for it, or choose another output with -o.",
-                ) from None
+            _lock_alone(descriptor, self.path)
             if _same_file(descriptor, self.temporary):
                 return descriptor
             os.close(descriptor)  # the other run published it between our open and our lock
@@ -76,6 +80,160 @@ class PendingFile:
                 os.unlink(self.temporary)
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+class PendingFolder:
+    """A folder being filled next to its final place, `.NAME.partial`: a whole output, or none.
+
+    Files go into `temporary` by whatever means. `publish` flushes them all and gives the folder
+    its name; else `discard` removes it. What a killed run left is emptied and taken over.
+    """
+
+    def __init__(self, path: Path, force: bool = False):
+        """Raises CannotCreate if another run fills it, or if `path` must not be replaced."""
+        self.path = path = Path(os.path.abspath(path))
+        self.temporary = path.with_name(f".{path.name}.partial")
+        self._older = path.with_name(f".{path.name}.older")
+        self._force = force
+        self._descriptor = -1
+        try:
+            with translated_errors(path):
+                with undisturbed():
+                    self._descriptor = self._open_alone()
+                self._recover()
+                check_replaceable_folder(path, force)
+                _empty(self.temporary)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open_alone(self) -> int:
+        """Make the temporary folder and lock it. Raises CannotCreate if another run holds it."""
+        while True:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.temporary)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            try:
+                descriptor = os.open(self.temporary, flags)
+            except FileNotFoundError:  # the other run published it just now
+                continue
+            _lock_alone(descriptor, self.path)
+            if _same_file(descriptor, self.temporary):
+                return descriptor
+            os.close(descriptor)
+
+    def _recover(self) -> None:
+        """Undo or complete the replacement in the middle of which a run was killed."""
+        if not self._older.is_dir():
+            return
+        if self.path.exists():
+            shutil.rmtree(self._older)
+        else:
+            os.rename(self._older, self.path)
+
+    def publish(self) -> None:
+        """Give the folder its final name and make that last. An older output is removed last."""
+        with translated_errors(self.path):
+            _flush_tree(self.temporary)
+            check_replaceable_folder(self.path, self._force)
+            with undisturbed():
+                if self.path.is_dir() and any(self.path.iterdir()):
+                    os.rename(self.path, self._older)
+                try:
+                    os.rename(self.temporary, self.path)
+                except OSError:
+                    self._recover()
+                    raise
+                flush_folder(self.path.parent)
+            self._close()
+            if self._older.is_dir():
+                shutil.rmtree(self._older)
+
+    def discard(self) -> None:
+        """Remove it, if it was not published."""
+        if self._descriptor >= 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+def check_replaceable_folder(path: Path, force: bool) -> None:
+    """Raise CannotCreate unless `path` is free, an empty folder, or ours and `force` is given.
+
+    Ours is a folder whose manifest has the one entry "." and names every file in it
+    ({"outputs": {".": {"files": [{"name": "figures/error.svg"}, ...]}}}): a folder that holds
+    anything else, such as somebody's training run, is never removed.
+    """
+    shown = printable(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CannotCreate(
+            f"{shown} exists and is no folder.",
+            "It is never replaced.",
+            "Choose another name with -o.",
+        )
+    if not path.exists() or not any(path.iterdir()):
+        return
+    foreign = _foreign_files(path)
+    if foreign:
+        raise CannotCreate(
+            f"{shown} exists and holds what qwq-quant did not write: {printable(foreign[0])}.",
+            "Only folders that hold nothing else are replaced, even with --force.",
+            "Remove it or choose another name with -o.",
+        )
+    if not force:
+        raise CannotCreate(
+            f"{shown} exists already.",
+            "It is left as it is.",
+            "Replace it with --force, or choose another name with -o.",
+        )
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Files below `folder` that its manifest does not name; all of them if it has none."""
+    found = {
+        place.relative_to(folder).as_posix()
+        for place in folder.rglob("*")
+        if place.is_symlink() or not place.is_dir()
+    }
+    try:
+        outputs = json.loads((folder / MANIFEST).read_text("utf-8"))["outputs"]
+        if list(outputs) == ["."]:
+            found -= {MANIFEST, *(file["name"] for file in outputs["."]["files"])}
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # no manifest of ours
+    return sorted(found)
+
+
+def _empty(folder: Path) -> None:
+    for place in folder.iterdir():
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
+
+
+def _flush_tree(folder: Path) -> None:
+    """Wait until every file and folder below `folder`, and itself, is on the disk."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            flush_folder(Path(root, name))
+        flush_folder(Path(root))
+
+
+def _lock_alone(descriptor: int, path: Path) -> None:
+    """Lock what is being written for `path`. Raises CannotCreate if another run holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CannotCreate(
+            f"Another run is writing {printable(path)} just now.",
+            "",
+            "Wait for it, or choose another output with -o.",
+        ) from None
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -129,10 +287,12 @@ def undisturbed() -> Iterator[None]:
 
 def own_leftovers(path: Path) -> int:
     """Bytes that a killed run on this output left under its temporary name; they are reused."""
-    try:
-        return path.with_name(f".{path.name}.partial").stat().st_blocks * 512
-    except OSError:
-        return 0
+    temporary = path.with_name(f".{path.name}.partial")
+    nbytes = 0
+    for place in (temporary, *temporary.rglob("*")):
+        with contextlib.suppress(OSError):
+            nbytes += place.lstat().st_blocks * 512
+    return nbytes
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from quant import __version__
 from quant.display import printable
-from quant.durable import locked_folder, translated_errors, write_whole
+from quant.durable import MANIFEST, locked_folder, translated_errors, write_whole
 from quant.errors import CannotCreate
 
-NAME = "qwq-quant.json"
+NAME = MANIFEST
 LIBRARIES = ("numpy", "numba", "gguf", "safetensors", "transformers", "torch")
 
 
@@ -76,10 +76,21 @@ def check_manifest(folder: Path) -> None:
 def add_entry(folder: Path, output_name: str, entry: dict) -> None:
     """Add or replace one output's entry, keeping the others."""
     with translated_errors(folder / NAME), locked_folder(folder):
-        outputs = {**read_manifest(folder)["outputs"], output_name: entry}
-        content = {"qwq_quant": __version__, "outputs": outputs}
-        text = json.dumps(content, indent=1, ensure_ascii=True) + "\n"
-        write_whole(folder / NAME, text.encode())
+        _write(folder, {**read_manifest(folder)["outputs"], output_name: entry})
+
+
+def write_for_folder(folder: Path, entry: dict) -> None:
+    """The manifest of an output that is a folder of its own, being filled by this run alone.
+
+    Not locked: whoever fills a PendingFolder holds its lock already.
+    """
+    _write(folder, {".": entry})
+
+
+def _write(folder: Path, outputs: dict) -> None:
+    content = {"qwq_quant": __version__, "outputs": outputs}
+    text = json.dumps(content, indent=1, ensure_ascii=True) + "\n"
+    write_whole(folder / NAME, text.encode())
 
 
 def environment() -> dict:

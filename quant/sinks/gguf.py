@@ -5,9 +5,7 @@ may still change its type while it is being encoded (a value too large for float
 its final name until every file was flushed, opened again, and compared with what was meant.
 """
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +23,7 @@ from quant.gguf_file import (
     encode_metadata,
     padded,
 )
-
-READ_BACK_NBYTES = 8 << 20
+from quant.sinks.written import WrittenFile, WrittenTensor, differs, hash_file
 
 
 def split_metadata(metadata: Metadata, index: int, n_files: int, n_tensors: int) -> Metadata:
@@ -41,24 +38,6 @@ def split_metadata(metadata: Metadata, index: int, n_files: int, n_tensors: int)
     if index == 0:
         return {**metadata, **split}
     return {k: v for k, v in metadata.items() if k == "general.alignment"} | split
-
-
-@dataclass(frozen=True)
-class WrittenTensor:
-    """A tensor as it was handed to the disk."""
-
-    entry: TensorEntry
-    xxh3_128: str
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A finished file, as the manifest names it."""
-
-    path: Path
-    nbytes: int
-    sha256: str
-    tensors: tuple[WrittenTensor, ...]
 
 
 class GgufSink:
@@ -135,50 +114,15 @@ def verify_written(path: Path, written: WrittenFile, header: bytes) -> str:
         raise OutputFailed(f"{printable(written.path)} cannot be read back.", str(error)) from error
     with open(path, "rb") as file:
         if file.read(len(header)) != header:
-            raise _differs(written, "the header")
+            raise differs(written, "the header")
     if len(again.tensors) != len(written.tensors):
-        raise _differs(written, "the number of tensors")
-    hashes, sha256 = _hash_file(path, again)
+        raise differs(written, "the number of tensors")
+    hashes, sha256 = hash_file(path, again.tensors.values())
     for tensor, info in zip(written.tensors, again.tensors.values(), strict=True):
         entry = tensor.entry
         place = TensorEntry(info.name, info.shape, info.dtype, info.offset - again.data_start)
         if place != entry:
-            raise _differs(written, f"the header of {printable(entry.name)}")
+            raise differs(written, f"the header of {printable(entry.name)}")
         if hashes[entry.name] != tensor.xxh3_128:
-            raise _differs(written, f"the bytes of {printable(entry.name)}")
+            raise differs(written, f"the bytes of {printable(entry.name)}")
     return sha256
-
-
-def _differs(written: WrittenFile, what: str) -> OutputFailed:
-    return OutputFailed(
-        f"{printable(written.path)} was read back and {what} differ from what was written.",
-        "The disk or the memory of this machine may be failing.",
-        "Nothing was published. Run the command again, with -o on another disk.",
-    )
-
-
-def _hash_file(path: Path, gguf: GgufFile) -> tuple[dict[str, str], str]:
-    """xxh3_128 of each tensor and sha256 of the whole file, in one pass and two threads.
-
-    The one is compared with what was written, and costs next to nothing; the other is what the
-    hub and sha256sum show.
-    """
-    whole, hashes = hashlib.sha256(), {}
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as other_core:
-        whole.update(file.read(gguf.data_start))
-        at = gguf.data_start
-        for info in gguf.tensors.values():
-            whole.update(file.read(info.offset - at))  # padding
-            at, end, tensor_hash = info.offset, info.offset + info.nbytes, xxh3_128()
-            while at < end:
-                block = file.read(min(READ_BACK_NBYTES, end - at))
-                if not block:
-                    break
-                pending = other_core.submit(whole.update, block)
-                tensor_hash.update(block)
-                pending.result()
-                at += len(block)
-            hashes[info.name] = tensor_hash.hexdigest()
-        while block := file.read(READ_BACK_NBYTES):
-            whole.update(block)
-    return hashes, whole.hexdigest()

@@ -1,0 +1,68 @@
+"""What a sink wrote, and the proof: every byte is read back from the disk and compared."""
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from quant.display import printable
+from quant.errors import OutputFailed
+from quant.gguf_file import TensorEntry
+from quant.tensors import TensorInfo
+
+READ_BACK_NBYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor as it was handed to the disk."""
+
+    entry: TensorEntry
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A finished file, as the manifest names it."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+    tensors: tuple[WrittenTensor, ...]
+
+
+def hash_file(path: Path, tensors: Iterable[TensorInfo]) -> tuple[dict[str, str], str]:
+    """xxh3_128 of each tensor and sha256 of the whole file, in one pass and two threads.
+
+    The one is compared with what was written, and costs next to nothing; the other is what the
+    hub and sha256sum show. `tensors` are in the order of their places.
+    """
+    whole, hashes, at = hashlib.sha256(), {}, 0
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as other_core:
+        for info in tensors:
+            whole.update(file.read(info.offset - at))  # the header, or padding
+            at, end, tensor_hash = info.offset, info.offset + info.nbytes, xxh3_128()
+            while at < end:
+                block = file.read(min(READ_BACK_NBYTES, end - at))
+                if not block:
+                    break
+                pending = other_core.submit(whole.update, block)
+                tensor_hash.update(block)
+                pending.result()
+                at += len(block)
+            hashes[info.name] = tensor_hash.hexdigest()
+        while block := file.read(READ_BACK_NBYTES):
+            whole.update(block)
+    return hashes, whole.hexdigest()
+
+
+def differs(written: WrittenFile, what: str) -> OutputFailed:
+    """The error for a file that was read back otherwise than written."""
+    return OutputFailed(
+        f"{printable(written.path)} was read back and {what} differ from what was written.",
+        "The disk or the memory of this machine may be failing.",
+        "Nothing was published. Run the command again, with -o on another disk.",
+    )
