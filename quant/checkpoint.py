@@ -83,7 +83,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = read_config(folder)
-        tensors = _with_scales(folder, _read_tensors(folder), _stated_block(folder, config))
+        tensors = _with_scales(folder, read_tensors(folder), _stated_block(folder, config))
         return cls(folder, str(folder) if name is None else name, revision, config, tensors)
 
     def read_json(self, file_name: str) -> dict | None:
@@ -177,7 +177,7 @@ def _already_quantized(folder: Path, method: str) -> BadInput:
     )
 
 
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of model.safetensors or, if there is none, of the index's shards.
 
     The order is transformers': a single file goes before an index (modeling_utils.py,

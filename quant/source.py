@@ -5,9 +5,10 @@ from pathlib import Path
 
 from quant.checkpoint import Checkpoint, read_config
 from quant.display import printable
-from quant.errors import UsageError
+from quant.errors import BadInput, UsageError
 from quant.gguf_file import GgufFile, open_gguf
 from quant.hub import resolve
+from quant.manifest import SourceFile
 
 Source = Checkpoint | GgufFile
 
@@ -56,3 +57,15 @@ def open_checkpoint(model: str, **options) -> Checkpoint:
 def source_files(source: Source) -> list[Path]:
     """Every file that holds weights of the source, sorted."""
     return sorted({info.path for info in source.tensors.values()})
+
+
+def check_unchanged(source: Source, before: list[SourceFile]) -> None:
+    """Raise BadInput if a file of the source is not what it was when `before` was taken."""
+    after = [SourceFile.of(path) for path in source_files(source)]
+    changed = [old.name for old, new in zip(before, after, strict=True) if old != new]
+    if changed:
+        raise BadInput(
+            f"{printable(', '.join(changed))} changed while it was being read.",
+            "The output would mix two versions of the model, so it was not kept.",
+            "Run the command again when the download or the training has ended.",
+        )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 
 from quant.display import printable
@@ -36,11 +37,18 @@ class Texts:
 
 
 def built_in_texts() -> Texts:
-    """The text that models are calibrated on unless the user gives one: see recipes/calibration."""
-    from importlib.resources import as_file, files
+    """What models are calibrated on unless the user gives a text: see recipes/calibration."""
+    return _shipped("default.jsonl", "built-in")
 
-    with as_file(files("qwq_recipes") / "calibration" / "default.jsonl") as path:
-        return replace(read_texts(path), name="built-in")
+
+def held_out_texts() -> Texts:
+    """What models are checked on: of the same kinds, nothing of it in built_in_texts."""
+    return _shipped("heldout.jsonl", "built-in held-out")
+
+
+def _shipped(file: str, name: str) -> Texts:
+    with as_file(files("qwq_recipes") / "calibration" / file) as path:
+        return replace(read_texts(path), name=name)
 
 
 def read_texts(path: Path) -> Texts:

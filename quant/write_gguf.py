@@ -14,7 +14,7 @@ from quant.gguf_file import MAGIC, TensorEntry, Value, split_paths
 from quant.output_file import check_output_file
 from quant.preflight import Needs
 from quant.sinks.gguf import GgufSink, WrittenFile, split_metadata
-from quant.source import Source, source_files
+from quant.source import check_unchanged, source_files
 from quant.tensors import TensorReader
 from quant.to_gguf import Job
 
@@ -79,7 +79,7 @@ def write_gguf(
                 )
         verifying()
         files = tuple(sink.finish() for sink in sinks)
-        _check_unchanged(job.source, before)
+        check_unchanged(job.source, before)
         with undisturbed():
             for sink in sinks:
                 sink.publish()
@@ -89,17 +89,6 @@ def write_gguf(
     result = Result(files, tuple(changes))
     _record(job, paths[0], result, before, command)
     return result
-
-
-def _check_unchanged(source: Source, before: list[manifest.SourceFile]) -> None:
-    after = [manifest.SourceFile.of(path) for path in source_files(source)]
-    changed = [old.name for old, new in zip(before, after, strict=True) if old != new]
-    if changed:
-        raise BadInput(
-            f"{printable(', '.join(changed))} changed while it was being read.",
-            "The output would mix two versions of the model, so it was not kept.",
-            "Run the command again when the download or the training has ended.",
-        )
 
 
 def _record(

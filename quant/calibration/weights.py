@@ -14,8 +14,16 @@ from quant.display import printable
 from quant.errors import BadInput
 from quant.tensors import TensorInfo, TensorReader
 
-_VIEWS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_VIEWS = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+}
 """Stored types whose bytes torch can take as they are."""
+
+_SIGNED = {1: "u1", 2: "i2", 4: "i4"}
+"""What numpy hands over to torch, by width, to be viewed there as what it is."""
 
 _EXPERTS = ".mlp.experts."
 """transformers 5 keeps a layer's experts in one parameter; checkpoints store them one by one."""
@@ -34,67 +42,70 @@ class Weights(Protocol):
         """The tensor's shape, or None if there is no such tensor."""
 
 
-class CheckpointWeights:
-    """The weights of a 16-bit, 32-bit or FP8 checkpoint. Safe to use from several threads."""
+class StoredTensors:
+    """Tensors as they are stored, in 16, 32 or FP8 bits. Safe to use from several threads."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self._tensors = checkpoint.tensors
+    def __init__(self, tensors: dict[str, TensorInfo]):
+        self._tensors = tensors
         self._reader = TensorReader()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        if name in self._tensors:
-            return self._tensors[name].shape
-        if (parts := self._expert_parts(name)) is None:
-            return None
-        first = parts[0]
-        return (len(parts), sum(info.shape[0] for info in first), first[0].shape[1])
+        return self._tensors[name].shape if name in self._tensors else None
 
     def read(self, name: str) -> torch.Tensor:
         """Raises BadInput if the tensor is missing, cannot be read, or holds NaN or infinity."""
-        if name in self._tensors:
-            info = self._tensors[name]
-            return self._read(info, 0, info.n_rows).reshape(info.shape)
-        if (parts := self._expert_parts(name)) is None:
+        if name not in self._tensors:
             raise BadInput(
                 f"The checkpoint has no {printable(name)}.",
                 "The model that config.json describes needs it.",
             )
-        experts = [torch.cat([self._read(info, 0, info.n_rows) for info in e]) for e in parts]
-        return torch.stack(experts)
+        info = self._tensors[name]
+        return self.read_rows(name, 0, info.n_rows).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._read(self._tensors[name], start, stop)
-
-    def _read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop), (stop - start, n_columns)."""
+        info = self._tensors[name]
         if info.dtype in _VIEWS:
             stored = self._reader.read_stored(info, start, stop)
-            rows = torch.from_numpy(stored.view(f"i{stored.itemsize}")).view(_VIEWS[info.dtype])
+            rows = torch.from_numpy(stored.view(_SIGNED[stored.itemsize])).view(_VIEWS[info.dtype])
         else:
             rows = torch.from_numpy(self._reader.read_float32(info, start, stop))
-        if not torch.isfinite(rows.sum(dtype=torch.float32)) and not torch.isfinite(rows).all():
-            n_bad = int((~torch.isfinite(rows)).sum())
-            raise BadInput(
-                f"{printable(info.name)} has {n_bad} NaN or infinite weights.",
-                "A model with such weights gives NaN for every text.",
-                "Download the checkpoint again, or ask its maker.",
-            )
+        if rows.is_floating_point():
+            _require_finite(info.name, rows)
         return rows
 
-    def _expert_parts(self, name: str) -> list[list[TensorInfo]] | None:
-        """The stored tensors of `...mlp.experts.gate_up_proj` or `.down_proj`, by expert."""
+
+class CheckpointWeights(StoredTensors):
+    """The weights of a checkpoint; experts that it stores one by one as transformers 5 has them."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__(checkpoint.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        if name in self._tensors or not (experts := self._experts(name)):
+            return super().shape(name)
+        first = [super(CheckpointWeights, self).shape(part) for part in experts[0]]
+        return (len(experts), sum(shape[0] for shape in first), first[0][1])
+
+    def read(self, name: str) -> torch.Tensor:
+        if name in self._tensors or not (experts := self._experts(name)):
+            return super().read(name)
+        return torch.stack(
+            [torch.cat([super(CheckpointWeights, self).read(part) for part in e]) for e in experts]
+        )
+
+    def _experts(self, name: str) -> list[list[str]]:
+        """The stored names of `...mlp.experts.gate_up_proj` or `.down_proj`, by expert."""
         before, found, part = name.partition(_EXPERTS)
-        if not found:
-            return None
         stored = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(part)
-        experts: list[list[TensorInfo]] = []
-        while stored is not None:
+        experts: list[list[str]] = []
+        while found and stored:
             prefix = f"{before}{_EXPERTS}{len(experts)}."
             names = [f"{prefix}{each}.weight" for each in stored]
             if not all(each in self._tensors for each in names):
                 break
-            experts.append([self._tensors[each] for each in names])
-        return experts or None
+            experts.append(names)
+        return experts
 
 
 class ChangedWeights:
@@ -116,3 +127,16 @@ class ChangedWeights:
     def read(self, name: str) -> torch.Tensor:
         w = self._weights.read(name)
         return self._change(name, w) if name in self._names else w
+
+
+def _require_finite(name: str, rows: torch.Tensor) -> None:
+    """Raise BadInput if there is a NaN or an infinity among them."""
+    # The sum of finite weights is finite, and one pass over them is the cheapest look.
+    if torch.isfinite(rows.sum(dtype=torch.float32)) or torch.isfinite(rows).all():
+        return
+    n_bad = int((~torch.isfinite(rows)).sum())
+    raise BadInput(
+        f"{printable(name)} has {n_bad} NaN or infinite weights.",
+        "A model with such weights gives NaN for every text.",
+        "Download the checkpoint again, or ask its maker.",
+    )

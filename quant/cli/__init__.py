@@ -19,6 +19,9 @@ from quant.errors import QwqQuantError
 
 COMMANDS = {
     "to-gguf": "quant.cli.to_gguf",
+    "dynamic-4bit": "quant.cli.dynamic_4bit",
+    "measure": "quant.cli.measure",
+    "plot": "quant.cli.plot",
     "imatrix": "quant.cli.imatrix",
     "inspect": "quant.cli.inspect",
 }

@@ -1,5 +1,6 @@
 """Options that several commands share, each defined once."""
 
+import math
 import re
 import sys
 from difflib import get_close_matches
@@ -23,6 +24,21 @@ class Size(click.ParamType):
         if size < 1:
             self.fail("a size above 0 is needed", param, ctx)
         return size
+
+
+class BitsPerWeight(click.ParamType):
+    """A number of bits above 0: 4.5."""
+
+    name = "bits"
+
+    def convert(self, value, param, ctx):
+        try:
+            bits = float(value)
+        except ValueError:
+            bits = math.nan
+        if not 0 < bits < math.inf:
+            self.fail(f"{printable(value)} is no number of bits; write for example 4.5", param, ctx)
+        return bits
 
 
 class Name(click.ParamType):
@@ -160,3 +176,62 @@ def calibration_options(seq_len: int, n_tokens: int):
         return command
 
     return add
+
+
+class BudgetType(click.ParamType):
+    """10%, 1.5GB, 0 or all."""
+
+    name = "budget"
+
+    def convert(self, value, param, ctx):
+        from quant.dynamic_4bit import Budget
+
+        text = value.strip().lower()
+        if text == "all":
+            return Budget("all")
+        try:
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                if not 0 <= share < float("inf"):
+                    raise ValueError(f"{printable(value)} is no share")
+                return Budget("share", share)
+            return Budget("bytes", parse_size(text))
+        except ValueError:
+            self.fail(
+                f"{printable(value)} is no budget; write for example 10%, 1.5GB, 0 or all",
+                param,
+                ctx,
+            )
+
+
+# The names of quant.sensitivity.METRICS, written out so that --help need not import numpy; a test
+# holds them against each other.
+METRICS = ("weight", "activation", "block", "gradient", "kld")
+
+
+def format_4bit_options(command):
+    """How weights are stored in 4 bits: --quant-type --no-double-quant --search-scales."""
+    for option in reversed(
+        (
+            click.option(
+                "--quant-type",
+                type=click.Choice(["nf4", "fp4"]),
+                default="nf4",
+                show_default=True,
+                help="The sixteen levels: quantiles of a Gaussian, or of a tiny float.",
+            ),
+            click.option(
+                "--double-quant/--no-double-quant",
+                default=True,
+                help="Store the scales in 8 bits too: 4.13 bits per weight, not 4.5. [default: on]",
+            ),
+            click.option(
+                "--search-scales/--no-search-scales",
+                default=True,
+                help="Search each block's scale for the least error, same format and size; without "
+                "it, the bytes are bitsandbytes' own. [default: on]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

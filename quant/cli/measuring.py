@@ -1,0 +1,47 @@
+"""What `measure` and `dynamic-4bit` share: running the measurements with a progress bar."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+
+def run_measurement(
+    checkpoint,
+    format,
+    metrics: Collection[str],
+    calibration: Path | None,
+    n_tokens: int,
+    seq_len: int,
+    device: str,
+):
+    """A Sensitivity of `checkpoint`; `weight` is always among the metrics."""
+    from quant.calibration.device import choose_device
+    from quant.calibration.streamed_model import StreamedModel
+    from quant.calibration.tokens import cut_tokens
+    from quant.cli.progress import Progress
+    from quant.dynamic_4bit import find_quantizable, output_dtype
+    from quant.measuring.measure import measure, n_steps
+    from quant.texts import built_in_texts, read_texts
+
+    find_quantizable(checkpoint)
+    metrics = frozenset(metrics)
+    tokens = None
+    if metrics - {"weight"}:
+        texts = built_in_texts() if calibration is None else read_texts(calibration)
+        tokens = cut_tokens(checkpoint, texts, n_tokens, seq_len)
+    model = StreamedModel(checkpoint, device=choose_device(device))
+    with Progress("Measuring, layers", n_steps(model, tokens, metrics)) as bar:
+        return measure(model, tokens, format, output_dtype(checkpoint), metrics, bar.advance)
+
+
+def run_check(plan, folder: Path, n_tokens: int, seq_len: int, device: str):
+    """The results of what was written into `folder`, on the built-in held-out text."""
+    from quant.calibration.device import choose_device
+    from quant.calibration.tokens import cut_tokens
+    from quant.check_4bit import N_MODELS, check_4bit
+    from quant.cli.progress import Progress
+    from quant.texts import held_out_texts
+
+    tokens = cut_tokens(plan.checkpoint, held_out_texts(), n_tokens, seq_len)
+    n_layers = max(group.layer for group in plan.groups) + 1
+    with Progress("Checking, layers", N_MODELS * n_layers) as bar:
+        return check_4bit(plan, folder, tokens, choose_device(device), bar.advance)

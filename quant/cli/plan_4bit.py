@@ -1,0 +1,142 @@
+"""A 4-bit plan and its outcome, as tables that fit 80 columns or as JSON."""
+
+import json
+from dataclasses import asdict
+
+import click
+
+from quant.cli.plan_table import print_columns, print_note
+from quant.display import human_bytes, printable
+
+N_CURVE_ROWS = 9
+
+
+def print_plan(plan, output_format: str) -> None:
+    """Groups with their error, price and fate; damage against size; notes. On stdout."""
+    if output_format == "json":
+        click.echo(json.dumps(_plan_json(plan), indent=1))
+        return
+    if plan.choice:
+        _print_groups(plan)
+        _print_curve(plan)
+    print_totals(plan)
+    for note in plan.notes:
+        print_note(note)
+
+
+def _print_groups(plan) -> None:
+    """Every group, the worst damage first."""
+    values, extra = plan.sensitivity.values(plan.choice.metric), plan.extra_nbytes
+    rows = [("group", plan.choice.metric, "16 bits cost", "")]
+    for name in sorted(values, key=values.__getitem__, reverse=True):
+        rows.append(
+            (
+                printable(name.removeprefix("model."), 44),
+                f"{values[name]:.2e}",
+                f"+{human_bytes(extra[name])}",
+                "kept 16-bit" if name in plan.kept else "4-bit",
+            )
+        )
+    print_columns(rows, right=(1, 2))
+
+
+def _print_curve(plan) -> None:
+    """The best choice at a few sizes between plain 4-bit and 16 bits, and the one chosen."""
+    curve, chosen = plan.choice.curve, plan.choice.chosen
+    plain, worst = curve[0]
+    step = max(1, (len(curve) - 1) // (N_CURVE_ROWS - 1))
+    points = sorted({*curve[::step], curve[-1], chosen})
+    rows = [("size", "over plain", "predicted damage", "of plain", "")]
+    for nbytes, damage in points:
+        rows.append(
+            (
+                human_bytes(nbytes),
+                f"+{100 * (nbytes / plain - 1):.1f} %",
+                f"{damage:.2e}",
+                f"{100 * damage / worst:.0f} %" if worst else "",
+                "<- chosen" if (nbytes, damage) == chosen else "",
+            )
+        )
+    click.echo()
+    print_columns(rows, right=(0, 1, 2, 3))
+
+
+def print_totals(plan) -> None:
+    n, kept = len(plan.groups), len(plan.kept)
+    click.echo(
+        f"\n{n - kept} of {n} groups in {plan.format.quant_type.upper()}, {kept} kept 16-bit: "
+        f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight of the linears"
+    )
+    if plan.solution:
+        s = plan.solution
+        gap = "" if s.exact else f" (at most {_percent(s.damage, s.bound)} from the optimum)"
+        greedy = _percent(s.greedy_damage, s.damage)
+        click.echo(f"Choosing greedily by damage per byte would leave {greedy} more damage{gap}.")
+
+
+def _percent(more: float, than: float) -> str:
+    return f"{100 * (more / than - 1):.1f} %" if than else "0.0 %"
+
+
+def _plan_json(plan) -> dict:
+    """The whole plan, for programs."""
+    choice, solution = plan.choice, plan.solution
+    content = {
+        "model": plan.checkpoint.name,
+        "format": asdict(plan.format),
+        "budget": asdict(plan.budget),
+        "nbytes": plan.nbytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "kept": [group.name for group in plan.groups if group.name in plan.kept],
+        "llm_int8_skip_modules": plan.skip_list,
+        "notes": list(plan.notes),
+    }
+    if choice:
+        values = plan.sensitivity.values(choice.metric)
+        content |= {
+            "metric": choice.metric,
+            "groups": [
+                {
+                    "name": group.name,
+                    "damage": values[group.name],
+                    "extra_nbytes": plan.extra_nbytes[group.name],
+                    "kept": group.name in plan.kept,
+                }
+                for group in plan.groups
+            ],
+            "curve": [list(point) for point in choice.curve],
+            "solution": asdict(solution),
+        }
+    return content
+
+
+def print_written(plan, written, seconds: float, output_format: str) -> None:
+    """What was written and what it lost."""
+    if output_format == "json":
+        content = {
+            **_plan_json(plan),
+            "folder": str(written.folder),
+            "nbytes": written.nbytes,
+            "results": [asdict(result) for result in written.results],
+        }
+        click.echo(json.dumps(content, indent=1))
+        return
+    n, kept = len(plan.groups), len(plan.kept)
+    click.echo(f"{printable(written.folder)}/  {human_bytes(written.nbytes)} of weights")
+    click.echo(
+        f"{n - kept} of {n} groups in {plan.format.quant_type.upper()}, {kept} kept 16-bit, "
+        f"{plan.bits_per_weight:.2f} bits per weight of the linears; {seconds:.1f} s."
+    )
+    if written.results:
+        click.echo()
+        print_results(written.results)
+
+
+def print_results(results) -> None:
+    rows = [("", "weights", "perplexity", "KL divergence", "same top token")]
+    for r in results:
+        kld = "" if r.kld is None else f"{r.kld:.5f} ± {r.kld_error:.5f}"
+        same = "" if r.same_top is None else f"{100 * r.same_top:.1f} %"
+        perplexity = f"{r.perplexity:.3f} ± {r.perplexity_error:.3f}"
+        rows.append((r.name, human_bytes(r.nbytes), perplexity, kld, same))
+    print_columns(rows, right=(1, 2, 3, 4))

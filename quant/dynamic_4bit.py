@@ -1,0 +1,241 @@
+"""Decides which linears of a model become 4-bit, and plans the folder that holds them.
+
+    budget  ->  which groups keep 16 bits, so that the predicted damage is least  ->  every tensor
+
+Sizes are arithmetic on headers; what was measured comes as a Sensitivity. Nothing is written here,
+and no weights are read.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+
+from quant.architectures import find_architecture
+from quant.checkpoint import Checkpoint
+from quant.display import human_bytes, printable
+from quant.errors import BadInput, BadRecipe
+from quant.formats.nf4 import Bnb4bit
+from quant.groups import Group, find_experts, find_groups, find_linears
+from quant.report.choice import Choice
+from quant.selection import Solution, pareto_curve, solve
+from quant.sensitivity import Sensitivity, check_model
+from quant.skip_list import check_skip_list, make_skip_list
+
+N_CURVE_POINTS = 48
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes may be spent on keeping groups in 16 bits.
+
+    unit: "share" of plain 4-bit's bytes, "bytes", "bits_per_weight" of the decoder's linears,
+    or "all": as many as there are.
+    """
+
+    unit: str
+    value: float = 0.0
+
+    def __str__(self) -> str:
+        if self.unit == "share":
+            return f"{100 * self.value:g}%"
+        if self.unit == "bytes":
+            return human_bytes(self.value)
+        return f"{self.value:g} bits per weight" if self.unit == "bits_per_weight" else self.unit
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is to be kept: plain NF4."""
+        return self.unit in ("share", "bytes") and self.value == 0
+
+    @property
+    def needs_choice(self) -> bool:
+        return not self.is_plain and self.unit != "all"
+
+
+DEFAULT_BUDGET = Budget("share", 0.10)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the source, and whether its linear becomes 4-bit."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_4bit: bool
+
+
+@dataclass(frozen=True)
+class Plan4bit:
+    """Everything that will be written, decided."""
+
+    checkpoint: Checkpoint
+    format: Bnb4bit
+    dtype: str  # "bfloat16" or "float16": of what stays, and of what 4 bits are decoded to
+    groups: tuple[Group, ...]
+    kept: frozenset[str]  # names of groups
+    budget: Budget
+    choice: Choice | None = None  # None: nothing had to be chosen
+    solution: Solution | None = None
+    sensitivity: Sensitivity | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """In the order of the checkpoint."""
+        quantized = {
+            f"{m}.weight" for g in self.groups if g.name not in self.kept for m in g.modules
+        }
+        return tuple(
+            PlannedTensor(name, info.shape, name in quantized)
+            for name, info in self.checkpoint.tensors.items()
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors; each 4-bit one may take up to 20 bytes less."""
+        return sum(
+            self.format.nbytes(t.shape) if t.is_4bit else 2 * prod(t.shape) for t in self.tensors
+        )
+
+    @property
+    def n_weights(self) -> int:
+        return sum(prod(t.shape) for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the decoder's linears: all that could be 4-bit."""
+        sizes = [self.group_nbytes(g, is_4bit=g.name not in self.kept) for g in self.groups]
+        return 8 * sum(sizes) / sum(self.group_nbytes(g, is_4bit=False) / 2 for g in self.groups)
+
+    @cached_property
+    def extra_nbytes(self) -> dict[str, int]:
+        """What keeping each group in 16 bits costs over 4 bits."""
+        return {
+            g.name: self.group_nbytes(g, is_4bit=False) - self.group_nbytes(g, is_4bit=True)
+            for g in self.groups
+        }
+
+    def group_nbytes(self, group: Group, *, is_4bit: bool) -> int:
+        shapes = [self.checkpoint.tensors[f"{name}.weight"].shape for name in group.modules]
+        return sum(self.format.nbytes(shape) if is_4bit else 2 * prod(shape) for shape in shapes)
+
+    @cached_property
+    def skip_list(self) -> list[str]:
+        """llm_int8_skip_modules: checked to mean the same to all its readers."""
+        linears = find_linears(self.checkpoint.tensors.values())
+        quantized = {t.name.removesuffix(".weight") for t in self.tensors if t.is_4bit}
+        kept = [name for name in linears if name not in quantized]
+        entries = make_skip_list(linears, kept)
+        check_skip_list(entries, linears, kept)
+        return entries
+
+
+def plan_4bit(
+    checkpoint: Checkpoint,
+    format: Bnb4bit,
+    budget: Budget = DEFAULT_BUDGET,
+    sensitivity: Sensitivity | None = None,
+    metric: str = "gradient",
+) -> Plan4bit:
+    """Which groups keep 16 bits within `budget`, and what that makes of every tensor.
+
+    sensitivity: needed unless the budget is nothing or all.
+    Raises BadInput for a model that cannot be quantized so or the sensitivities of another one,
+    BadRecipe for a budget that buys nothing.
+    """
+    groups, notes = find_quantizable(checkpoint)
+    dtype = output_dtype(checkpoint)
+    plain = Plan4bit(checkpoint, format, dtype, groups, frozenset(), budget, notes=notes)
+    if budget.is_plain:
+        return plain
+    if budget.unit == "all":
+        return replace(plain, kept=frozenset(g.name for g in groups))
+    notes += tuple(check_model(sensitivity, checkpoint))
+    values = sensitivity.values(metric)
+    damage = [[values[g.name], 0.0] for g in groups]
+    sizes = [[plain.group_nbytes(g, is_4bit=four) for four in (True, False)] for g in groups]
+    rest = plain.nbytes - sum(four for four, _ in sizes)
+    room = _spendable(plain, budget, sizes)
+    solution = solve(damage, sizes, plain.nbytes - rest + room)
+    kept = [g.name for g, level in zip(groups, solution.levels, strict=True) if level == 1]
+    choice = Choice(
+        metric,
+        tuple(kept),
+        _curve(damage, sizes, rest),
+        (solution.nbytes + rest, solution.damage),
+        min((values[name] for name in kept), default=None),
+    )
+    return replace(
+        plain,
+        kept=frozenset(kept),
+        choice=choice,
+        solution=solution,
+        sensitivity=sensitivity,
+        notes=notes,
+    )
+
+
+def find_quantizable(checkpoint: Checkpoint) -> tuple[tuple[Group, ...], tuple[str, ...]]:
+    """The groups that can be 4-bit, and what is to be said about the rest.
+
+    Raises BadInput for an architecture we do not know, or one without any.
+    """
+    find_architecture(checkpoint.config)
+    tensors = list(checkpoint.tensors.values())
+    groups = find_groups(tensors)
+    if not groups:
+        raise BadInput(
+            f"{printable(checkpoint.name)} has no linear layers that could be quantized.",
+            "The decoder's q, k, v, o, gate, up and down projections are looked for.",
+        )
+    notes = []
+    if experts := find_experts(tensors):
+        share = sum(checkpoint.tensors[name].n_weights for name in experts)
+        share /= sum(info.n_weights for info in tensors)
+        notes.append(
+            f"this is a mixture of experts: its experts, {100 * share:.0f} % of the weights, stay "
+            "16-bit, since transformers cannot load them in 4 bits yet"
+        )
+    return tuple(groups), tuple(notes)
+
+
+def output_dtype(checkpoint: Checkpoint) -> str:
+    """The 16-bit type of the folder: the config's own, else bfloat16. vLLM takes no other."""
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return "float16" if stated == "float16" else "bfloat16"
+
+
+def _spendable(plain: Plan4bit, budget: Budget, sizes: list[list[int]]) -> int:
+    """Bytes over plain 4-bit's that may be spent. Raises BadRecipe if they buy nothing."""
+    n_weights = sum(
+        prod(plain.checkpoint.tensors[f"{m}.weight"].shape) for g in plain.groups for m in g.modules
+    )
+    four = sum(size for size, _ in sizes)
+    room = {
+        "share": budget.value * plain.nbytes,
+        "bytes": budget.value,
+        "bits_per_weight": budget.value * n_weights / 8 - four,
+    }[budget.unit]
+    cheapest = min(range(len(sizes)), key=lambda i: sizes[i][1] - sizes[i][0])
+    least = sizes[cheapest][1] - sizes[cheapest][0]
+    if room < least:
+        bits = 8 * (four + least) / n_weights
+        raise BadRecipe(
+            f"A budget of {budget} buys nothing: the cheapest group to keep in 16 bits, "
+            f"{printable(plain.groups[cheapest].name)}, costs {human_bytes(least)} more.",
+            f"Plain 4-bit takes {human_bytes(plain.nbytes)} ({8 * four / n_weights:.2f} bits per "
+            f"weight of its linears), so at least {100 * least / plain.nbytes:.2g} % or "
+            f"{bits:.2f} bits per weight are needed.",
+            "Give a larger --budget, or --budget 0 for plain 4-bit.",
+        )
+    return int(room)
+
+
+def _curve(
+    damage: list[list[float]], sizes: list[list[int]], rest: int
+) -> tuple[tuple[int, float], ...]:
+    """The best choice at sizes from plain 4-bit to all 16-bit; `rest` is what never changes."""
+    least, most = (sum(size[i] for size in sizes) for i in (0, 1))
+    budgets = [least + (most - least) * i // N_CURVE_POINTS for i in range(N_CURVE_POINTS + 1)]
+    points = pareto_curve(damage, sizes, budgets)
+    return tuple(dict.fromkeys((nbytes + rest, total) for nbytes, total in points))

@@ -1,0 +1,138 @@
+"""Output errors weighted by what the loss feels of them: a prediction of the KL divergence.
+
+To second order, a disturbance dy of a linear's output y at a token costs
+
+    KL ~ 1/2 E (g . dy)^2        g = d(-ln p(t)) / dy,  t drawn from the model's own p
+
+since E g g^T is the Fisher information of the next tokens with respect to y. Tokens are taken one
+by one: the disturbances of two tokens are held to be independent. One t is drawn a position.
+# ref: Martens, New Insights and Perspectives on the Natural Gradient Method, arXiv 1412.1193
+
+The gradient needs a backward pass, which is streamed too: the input of every layer is kept (in a
+file when memory is short), and each layer is loaded again on the way back and differentiated alone.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.streamed_model import StreamedLayer, StreamedModel
+from quant.groups import Group
+from quant.measuring.local_errors import Rounding, rounded
+
+POSITIONS_AT_ONCE = 512
+SEED = 0
+
+
+def measure_gradient(
+    model: StreamedModel,
+    groups: list[Group],
+    tokens: np.ndarray,
+    rounding: Rounding,
+    progress: Callable[[int], None],
+) -> dict[str, float]:
+    """Group name -> predicted KL divergence, nats a token.
+
+    Calls progress(1) after each layer, forwards and backwards.
+    """
+    inputs = _inputs_of_layers(model, tokens, progress)
+    gradient = _gradient_at_head(model, inputs.pop())
+    sums: dict[str, float] = {}
+    for layer in model.layers(tokens.shape[1], backwards=True):
+        of_layer = [group for group in groups if group.layer == layer.index]
+        w_hat = rounded(layer, of_layer, rounding)
+        source = inputs.pop()
+        for part, x in layer.micro_batches(source, share=2):  # the graph takes as much again
+            upstream = gradient.tensor[part].to(x.device)
+            downstream = _backwards(layer, of_layer, w_hat, x, upstream, sums)
+            gradient.tensor[part] = downstream.cpu()
+        progress(1)
+    return {name: 0.5 * total / tokens.size for name, total in sums.items()}
+
+
+def _inputs_of_layers(
+    model: StreamedModel, tokens: np.ndarray, progress: Callable[[int], None]
+) -> list[HiddenStates]:
+    """What every layer is given, and last what the head is given."""
+    states = [model.embed(tokens)]
+    for layer in model.layers(tokens.shape[1]):
+        states.append(states[-1].like())
+        layer.run(states[-2], states[-1])
+        progress(1)
+    return states
+
+
+def _gradient_at_head(model: StreamedModel, states: HiddenStates) -> HiddenStates:
+    """d(-ln p(t)) / d(hidden) at every position, t drawn from the model's own distribution."""
+    gradient = states.like()
+    flat, out = (s.tensor.view(-1, s.tensor.shape[-1]) for s in (states, gradient))
+    generator = torch.Generator(device=model.device).manual_seed(SEED)
+    for start in range(0, len(flat), POSITIONS_AT_ONCE):
+        part = slice(start, start + POSITIONS_AT_ONCE)
+        hidden = flat[part].to(model.device).requires_grad_(True)
+        x = model.norm(hidden)
+        to_x = _gradient_of_sampled_loss(model, x.detach(), generator)
+        out[part] = torch.autograd.grad(x, hidden, to_x)[0].cpu()
+    return gradient
+
+
+@torch.no_grad()
+def _gradient_of_sampled_loss(
+    model: StreamedModel, x: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """sum over i of p_i W_i - W_t, (n, hidden), for normed states x (n, hidden).
+
+    Two passes over the output matrix: the first draws t by the Gumbel trick (the largest of
+    l_i - ln(-ln u_i) is distributed like softmax of l), the second sums.
+    """
+    n = len(x)
+    best = torch.full((n,), -torch.inf, device=x.device)
+    drawn, log_sum = torch.zeros_like(x), best.clone()
+    for _, w in model.head_blocks():
+        logits = (x @ w.T).float()
+        log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
+        noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+        largest, where = (logits + noise).max(1)
+        drawn = torch.where((largest > best)[:, None], w[where], drawn)
+        best = torch.maximum(best, largest)
+    mean = torch.zeros_like(x)
+    for _, w in model.head_blocks():
+        mean += torch.exp((x @ w.T).float() - log_sum[:, None]).to(w.dtype) @ w
+    return mean - drawn
+
+
+def _backwards(
+    layer: StreamedLayer,
+    groups: list[Group],
+    w_hat: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    upstream: torch.Tensor,
+    sums: dict[str, float],
+) -> torch.Tensor:
+    """The loss's gradient at the layer's input, from that at its output; adds to `sums`."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # linear -> input, output
+
+    def keep(name: str):
+        return lambda _, inputs, output: seen.update({name: (inputs[0], output)})
+
+    linears = layer.linears
+    handles = [linears[name].register_forward_hook(keep(name)) for name in w_hat]
+    with torch.enable_grad():
+        x = x.requires_grad_(True)
+        y = layer.forward(x)
+    for handle in handles:
+        handle.remove()
+    outputs = [output for _, output in seen.values()]
+    downstream, *at_linears = torch.autograd.grad(y, [x, *outputs], upstream)
+    g = dict(zip(seen, at_linears, strict=True))
+    with torch.no_grad():
+        for group in groups:
+            felt = sum(
+                (g[name] * F.linear(seen[name][0], linears[name].weight - w_hat[name])).sum(-1)
+                for name in group.modules
+            )
+            sums[group.name] = sums.get(group.name, 0.0) + float(felt.square().sum())
+    return downstream

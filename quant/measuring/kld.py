@@ -1,0 +1,68 @@
+"""The end-to-end KL divergence when one group alone is quantized: dear, and nearest to the truth.
+
+Every group needs the model run again from its layer to the end. The hidden states of many groups
+travel through the layers together, so that each layer is loaded once for all of them:
+
+    layer 0   reference ----------------------------------> layer 1 ...
+              with group 0 quantized ---------------------> layer 1 ...
+              with group 1 quantized ---------------------> layer 1 ...
+
+States are tokens x hidden x 4 bytes a group; past MAX_STATES_NBYTES there are several sweeps.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.streamed_model import StreamedModel
+from quant.evaluation.streamed import compare_streamed
+from quant.groups import Group
+from quant.measuring.local_errors import Rounding, rounded
+
+MAX_STATES_NBYTES = 4 << 30
+
+
+def n_sweeps(model: StreamedModel, groups: list[Group], tokens: np.ndarray) -> int:
+    """How often the whole model is run."""
+    nbytes = tokens.size * model.hidden_size * model.dtype.itemsize
+    at_once = max(1, MAX_STATES_NBYTES // nbytes)
+    return -(-len(groups) // at_once)
+
+
+def measure_kld(
+    model: StreamedModel,
+    groups: list[Group],
+    tokens: np.ndarray,
+    rounding: Rounding,
+    progress: Callable[[int], None],
+) -> dict[str, float]:
+    """Group name -> mean KL divergence, nats a token. Calls progress(1) after each layer."""
+    klds: dict[str, float] = {}
+    sweeps = n_sweeps(model, groups, tokens)
+    for i in range(sweeps):
+        part = groups[i * len(groups) // sweeps : (i + 1) * len(groups) // sweeps]
+        klds |= _sweep(model, part, tokens, rounding, progress)
+    return klds
+
+
+def _sweep(
+    model: StreamedModel,
+    groups: list[Group],
+    tokens: np.ndarray,
+    rounding: Rounding,
+    progress: Callable[[int], None],
+) -> dict[str, float]:
+    reference = model.embed(tokens)
+    states: dict[str, HiddenStates] = {}
+    for layer in model.layers(tokens.shape[1]):
+        for state in states.values():
+            layer.run(state, state)
+        for group in (g for g in groups if g.layer == layer.index):
+            states[group.name] = reference.like()
+            with layer.changed(rounded(layer, [group], rounding)):
+                layer.run(reference, states[group.name])
+        layer.run(reference, reference)
+        progress(1)
+    scores = compare_streamed(model, reference, list(states.values()), tokens)
+    return {name: float(s.kld.mean()) for name, s in zip(states, scores, strict=True)}

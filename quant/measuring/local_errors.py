@@ -1,0 +1,141 @@
+"""Errors seen where they arise: in a weight, at its output, and in the residual stream behind it.
+
+One sweep over the model gives all three. With w_hat the decoded 4-bit copy of w, dw = w - w_hat,
+x the real inputs and y the block's output:
+
+    weight      |dw|^2 / |w|^2
+    activation  sum over tokens |dw x|^2 / sum over tokens |w x|^2
+    block       sum over tokens |y_hat - y|^2 / sum over tokens |y|^2
+
+The sum over tokens of |dw x|^2 is the trace of dw X dw^T, X = sum x x^T being the inputs' second
+moments; it is summed at the outputs, which needs no n x n matrix (3 GB for QwQ-32B's down_proj).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.streamed_model import StreamedLayer, StreamedModel
+from quant.groups import Group
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""A weight (out, in) to its decoded low-bit copy, same shape, in a 16-bit type, on the CPU."""
+
+
+@dataclass
+class Ratio:
+    """|error|^2 and |signal|^2, summed over whatever they are seen on."""
+
+    error: float = 0.0
+    signal: float = 0.0
+
+    def add(self, error: torch.Tensor, signal: torch.Tensor) -> None:
+        self.error += float(error.square().sum())
+        self.signal += float(signal.square().sum())
+
+    @property
+    def value(self) -> float:
+        """0 where there is no signal: nothing was there to be lost."""
+        return self.error / self.signal if self.signal else 0.0
+
+    @staticmethod
+    def total(ratios: "list[Ratio]") -> "Ratio":
+        return Ratio(sum(r.error for r in ratios), sum(r.signal for r in ratios))
+
+
+@dataclass
+class LocalErrors:
+    """Of every linear by full dotted name, and of every group by name."""
+
+    weight: dict[str, Ratio]
+    activation: dict[str, Ratio]
+    block: dict[str, Ratio]
+
+
+def measure_local_errors(
+    model: StreamedModel,
+    groups: list[Group],
+    tokens: np.ndarray | None,
+    rounding: Rounding,
+    with_block: bool,
+    progress: Callable[[int], None],
+) -> LocalErrors:
+    """Sweep over the model once. with_block: also rerun each block once a group.
+
+    tokens (n_sequences, seq_len); without any, only the weights are looked at.
+    Calls progress(1) after each layer.
+    """
+    errors = LocalErrors({}, {}, {})
+    if tokens is not None:
+        hidden = model.embed(tokens)
+        after = hidden.like()
+    for layer in model.layers(1 if tokens is None else tokens.shape[1]):
+        of_layer = [group for group in groups if group.layer == layer.index]
+        w_hat = rounded(layer, of_layer, rounding)
+        _add_weight_errors(errors, layer, w_hat)
+        if tokens is None:
+            progress(1)
+            continue
+        with layer.watched(_activation_hook(errors, layer, w_hat)):
+            layer.run(hidden, after)
+        if with_block:
+            for group in of_layer:
+                chosen = {name: w_hat[name] for name in group.modules}
+                errors.block[group.name] = _block_error(layer, chosen, hidden, after)
+        hidden, after = after, hidden
+        progress(1)
+    return errors
+
+
+def rounded(
+    layer: StreamedLayer, groups: list[Group], rounding: Rounding
+) -> dict[str, torch.Tensor]:
+    """The decoded low-bit copy of each linear of `groups`, in 16 bits, on the layer's device."""
+    linears = layer.linears
+    return {
+        name: rounding(linears[name].weight.data).to(linears[name].weight.device)
+        for group in groups
+        for name in group.modules
+    }
+
+
+def _add_weight_errors(
+    errors: LocalErrors, layer: StreamedLayer, w_hat: dict[str, torch.Tensor]
+) -> None:
+    for name, rounded_weight in w_hat.items():
+        w = layer.linears[name].weight.data
+        errors.weight[name] = Ratio()
+        errors.weight[name].add(w - rounded_weight, w)
+
+
+def _activation_hook(errors: LocalErrors, layer: StreamedLayer, w_hat: dict[str, torch.Tensor]):
+    linears = layer.linears
+
+    def add(name: str, x: torch.Tensor) -> None:
+        if name in w_hat:
+            w = linears[name].weight.data
+            ratio = errors.activation.setdefault(name, Ratio())
+            ratio.add(F.linear(x, w - w_hat[name]), F.linear(x, w))
+
+    return add
+
+
+@torch.no_grad()
+def _block_error(
+    layer: StreamedLayer,
+    w_hat: dict[str, torch.Tensor],
+    before: HiddenStates,
+    after: HiddenStates,
+) -> Ratio:
+    """The error of the residual stream behind the block when it has these weights."""
+    ratio = Ratio()
+    for part, x in layer.micro_batches(before):
+        with layer.changed(w_hat):
+            y_hat = layer.forward(x)
+        y = after.tensor[part].to(y_hat.device)
+        ratio.add(y_hat - y, y)
+    return ratio

@@ -1,0 +1,119 @@
+"""All measurements of one model, as a Sensitivity."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict
+
+import torch
+
+from quant.calibration.streamed_model import StreamedModel
+from quant.calibration.tokens import Tokens
+from quant.checkpoint import Checkpoint
+from quant.convert import worker_count
+from quant.formats.nf4 import Bnb4bit
+from quant.groups import Group, find_groups
+from quant.manifest import library_versions
+from quant.measuring.gradient import SEED, measure_gradient
+from quant.measuring.kld import measure_kld, n_sweeps
+from quant.measuring.local_errors import LocalErrors, Ratio, Rounding, measure_local_errors
+from quant.sensitivity import (
+    METRICS,
+    MeasuredModule,
+    Sensitivity,
+    fingerprint,
+)
+
+
+def n_steps(model: StreamedModel, tokens: Tokens | None, metrics: frozenset[str]) -> int:
+    """How often `measure` calls progress(1): once a layer and pass."""
+    passes = 1 + 2 * ("gradient" in metrics)
+    if "kld" in metrics:
+        passes += n_sweeps(model, find_groups(model.checkpoint.tensors.values()), tokens.ids)
+    return passes * model.n_layers
+
+
+def measure(
+    model: StreamedModel,
+    tokens: Tokens | None,
+    format: Bnb4bit,
+    dtype: str,
+    metrics: frozenset[str],
+    progress: Callable[[int], None] = lambda n: None,
+) -> Sensitivity:
+    """Every group of `model` by `metrics` (of METRICS), when it is stored in `format`.
+
+    tokens: may be None if only `weight`, which is always measured, is asked for.
+    dtype: "bfloat16" or "float16", what the weights are before they are quantized and after.
+    Raises BadInput for NaN weights or outputs.
+    """
+    groups = find_groups(model.checkpoint.tensors.values())
+    ids = tokens.ids if metrics - {"weight"} else None
+    with ThreadPoolExecutor(worker_count()) as pool:
+        rounding = rounding_of(format, dtype, pool)
+        local = measure_local_errors(model, groups, ids, rounding, "block" in metrics, progress)
+        found = _of_groups(local, groups)
+        for metric, run in (("gradient", measure_gradient), ("kld", measure_kld)):
+            if metric in metrics:
+                found[metric] = run(model, groups, ids, rounding, progress)
+    tensors = model.checkpoint.tensors
+    return Sensitivity(
+        model=model_facts(model.checkpoint),
+        calibration={} if ids is None else calibration_facts(tokens),
+        quantization=asdict(format),
+        versions=library_versions(),
+        modules={
+            name: MeasuredModule(tensors[f"{name}.weight"].shape, _of_module(local, name))
+            for group in groups
+            for name in group.modules
+        },
+        groups={group.name: group for group in groups},
+        metrics={metric: found[metric] for metric in METRICS if metric in metrics | {"weight"}},
+    )
+
+
+def model_facts(checkpoint: Checkpoint) -> dict[str, str | None]:
+    return {
+        # Of a local model not its path: the file is published, and the path tells of a user.
+        "name": checkpoint.name if checkpoint.revision else checkpoint.folder.resolve().name,
+        "revision": checkpoint.revision,
+        "architecture": checkpoint.config["architectures"][0],
+        "fingerprint": fingerprint(checkpoint),
+    }
+
+
+def calibration_facts(tokens: Tokens) -> dict[str, str | int]:
+    return {
+        "name": tokens.text_name,
+        "sha256": tokens.text_sha256,
+        "n_tokens": tokens.n_tokens,
+        "seq_len": tokens.seq_len,
+        "seed": SEED,
+    }
+
+
+def rounding_of(format: Bnb4bit, dtype: str, pool: Executor) -> Rounding:
+    """What a weight is after it was stored in `format` and read again."""
+    torch_dtype = getattr(torch, dtype)
+
+    def rounded(w: torch.Tensor) -> torch.Tensor:
+        a = w.to(torch_dtype).float().cpu().numpy()
+        parts = format.encode_rows(lambda start, stop: a[start:stop], a.shape, dtype, map=pool.map)
+        return torch.from_numpy(format.decode(parts, a.shape)).to(torch_dtype)
+
+    return rounded
+
+
+def _of_module(local: LocalErrors, name: str) -> dict[str, float]:
+    seen = {"weight": local.weight, "activation": local.activation}
+    return {metric: ratios[name].value for metric, ratios in seen.items() if ratios}
+
+
+def _of_groups(local: LocalErrors, groups: list[Group]) -> dict[str, dict[str, float]]:
+    """Of linears in a group, errors and signals are added up, then divided."""
+    found = {}
+    for metric, ratios in (("weight", local.weight), ("activation", local.activation)):
+        if ratios:
+            found[metric] = {
+                g.name: Ratio.total([ratios[name] for name in g.modules]).value for g in groups
+            }
+    return {**found, "block": {name: ratio.value for name, ratio in local.block.items()}}
