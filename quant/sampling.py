@@ -4,25 +4,17 @@ A model that loops is often a model that is sampled wrongly: QwQ-32B run with ll
 (temperature 0.8, min_p 0.05) is not the model its makers measured. These keys carry the makers'
 settings in the file, where llama.cpp's programs take them unless the user says otherwise.
 
-They come from `generation_config.json`, or from a profile: a small TOML file with the same twelve
-names, of which a few ship with the package (recipes/sampling).
+They come from `generation_config.json`, or from a profile: a table with the same twelve names in
+one of the recipes that ship with the package (quant/recipe.py), or in a TOML file of one's own.
 # ref: llama.cpp, common/common.cpp, common_init_sampler_from_model
 """
 
 import difflib
-import sys
-from importlib import resources
-from pathlib import Path
 
 from quant.display import printable
-from quant.errors import BadInput, BadRecipe, InputMissing
+from quant.errors import BadInput, BadRecipe
 from quant.gguf_file import Metadata, Value
 from quant.metadata_keys import SAMPLING, objection
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PREFIX = "general.sampling."
 
@@ -207,74 +199,12 @@ def check_sampling(metadata: Metadata) -> list[str]:
 # --- profiles ---------------------------------------------------------------------------------
 
 
-def profile_names() -> list[str]:
-    """Names of the profiles that ship with the package, for `--sampling`."""
-    folder = resources.files("qwq_recipes") / "sampling"
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
-
-
 def read_profile(name_or_file: str) -> Metadata:
-    """The settings of a shipped profile ("qwen-official") or of a TOML file ("./mine.toml").
+    """The keys of a recipe's profile ("qwen-official") or of a TOML file ("./mine.toml").
 
-    Raises InputMissing for a file that is not there, BadRecipe for an unknown profile, a key that
-    is none of the twelve, or a value out of range.
+    Raises InputMissing for a file that is not there, BadRecipe for an unknown profile or key, a
+    value out of range, or a penalty that no sampler applies.
     """
-    text = _profile_text(name_or_file)
-    shown = printable(name_or_file)
-    try:
-        settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadRecipe(f"The sampling profile {shown} is no TOML.", printable(error)) from None
-    metadata = {}
-    for name, value in settings.items():
-        if name not in SAMPLING:
-            raise _unknown_setting(shown, name)
-        try:
-            metadata[PREFIX + name] = _typed(name, value)
-        except ValueError as error:
-            raise BadRecipe(f"In the sampling profile {shown}, {name} {error}.") from None
-    if PREFIX + "sequence" in metadata:
-        sequence, _ = check_sequence(metadata[PREFIX + "sequence"].data)
-        metadata[PREFIX + "sequence"] = Value("str", sequence)
-    return metadata
+    from quant.recipe import find_profile  # pydantic takes its time, and most runs need no profile
 
-
-def _profile_text(name_or_file: str) -> str:
-    """TOML text of a profile; anything with a path separator or .toml at its end is a file."""
-    if not name_or_file.endswith(".toml") and not set(name_or_file) & set("/\\"):
-        if name_or_file not in profile_names():
-            near = difflib.get_close_matches(name_or_file, profile_names(), n=1)
-            raise BadRecipe(
-                f'There is no sampling profile "{printable(name_or_file)}".',
-                f"Did you mean {near[0]}?" if near else "A file's name must end in .toml.",
-                f"Profiles: {', '.join(profile_names())}.",
-            )
-        folder = resources.files("qwq_recipes") / "sampling"
-        return (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
-    path = Path(name_or_file)
-    shown = printable(name_or_file)
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        exists = path.exists()
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        raise BadRecipe(f"The sampling profile {shown} cannot be read.", printable(error)) from None
-    if exists:
-        raise BadRecipe(f"The sampling profile {shown} is no regular file.")
-    raise InputMissing(
-        f"There is no file {shown}.",
-        "It was named as a sampling profile.",
-        f"Profiles that ship with qwq-quant: {', '.join(profile_names())}.",
-    )
-
-
-def _unknown_setting(profile: str, name: str) -> BadRecipe:
-    known = {**{n: n for n in SAMPLING}, **GGUF_NAMES}
-    near = difflib.get_close_matches(name, known, n=1)
-    return BadRecipe(
-        f'The sampling profile {profile} has a setting "{printable(name, 80)}" that GGUF has not.',
-        f"Did you mean {known[near[0]]}?" if near else "A GGUF can carry twelve sampling settings.",
-        f"They are: {', '.join(SAMPLING)}.",
-    )
+    return find_profile(name_or_file).metadata()

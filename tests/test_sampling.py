@@ -1,12 +1,11 @@
 """Sampling settings: from generation_config.json, from profiles, and what cancels what."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from quant.errors import BadInput, BadRecipe, InputMissing
+from quant.errors import BadInput, BadRecipe
 from quant.gguf_file import Value
 from quant.metadata_keys import SAMPLING
 from quant.sampling import (
@@ -15,8 +14,6 @@ from quant.sampling import (
     SAMPLERS,
     check_sampling,
     check_sequence,
-    profile_names,
-    read_profile,
     sampling_from_generation_config,
 )
 
@@ -213,117 +210,3 @@ def test_check_sampling_refuses_a_bad_sequence():
         check_sampling(settings(sequence="top_k,temperature"))
     with pytest.raises(BadRecipe):
         check_sampling(settings(sequence="top_k\udcff"))  # as a damaged file's text is read
-
-
-# --- profiles ---------------------------------------------------------------------------------
-
-
-def test_the_three_profiles():
-    assert profile_names() == ["qwen-official", "unsloth-verbatim", "unsloth-with-penalties"]
-    official = read_profile("qwen-official")
-    assert plain(official) == {
-        "sequence": DEFAULT_SEQUENCE,
-        "temp": 0.6,
-        "top_k": 40,
-        "top_p": 0.95,
-        "min_p": 0.0,
-        "penalty_repeat": 1.0,
-    }
-    verbatim = read_profile("unsloth-verbatim")
-    assert plain(verbatim)["sequence"] == "top_k;top_p;min_p;temperature;dry;typ_p;xtc"
-    assert check_sampling(verbatim) == [
-        "penalty_repeat 1.1 has no effect: `penalties` is not in the sampler sequence."
-    ]
-    penalties = plain(read_profile("unsloth-with-penalties"))
-    assert penalties["sequence"].split(";")[3:5] == ["temperature", "penalties"]
-
-
-@pytest.mark.parametrize("name", profile_names())
-def test_every_profile_says_why_it_exists(name):
-    lines = (ROOT / f"recipes/sampling/{name}.toml").read_text().splitlines()
-    comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    assert "# Why:" in "\n".join(comment)
-    assert "# Known:" in "\n".join(comment)
-    metadata = read_profile(name)
-    for key, value in metadata.items():
-        assert value.type == SAMPLING[key.removeprefix(P)].types[0]
-    if name != "unsloth-verbatim":
-        assert check_sampling(metadata) == []
-
-
-def test_a_file_of_ones_own(tmp_path):
-    path = tmp_path / "mine.toml"
-    path.write_text('temp = 1\ntop_k = 20\nsequence = "Top-K;Temp"\nmirostat = 0\n')
-    assert read_profile(str(path)) == {
-        P + "temp": Value("f32", 1.0),
-        P + "top_k": Value("i32", 20),
-        P + "sequence": Value("str", "top_k;temperature"),
-        P + "mirostat": Value("i32", 0),
-    }
-
-
-def test_all_twelve_settings(tmp_path):
-    path = tmp_path / "all.toml"
-    path.write_text(
-        'sequence = "temp"\n'
-        + "".join(
-            f"{name} = {1 if key.types[0] == 'i32' else 0.5}\n"
-            for name, key in SAMPLING.items()
-            if name != "sequence"
-        )
-    )
-    assert len(read_profile(str(path))) == 12
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("temperature = 0.6", "Did you mean temp?"),
-        ("repetition_penalty = 1.1", "Did you mean penalty_repeat?"),
-        ("top-k = 40", "Did you mean top_k?"),
-        ("dry_multiplier = 0.5", 'a setting "dry_multiplier"'),
-        ("[sampling]\ntemp = 0.6", 'a setting "sampling"'),
-        ("temp = '0.6'", "temp is '0.6'; a number is needed"),
-        ("temp = nan", "temp is nan"),
-        ("temp = inf", "temp is inf"),
-        ("top_k = 40.5", "a whole number is needed"),
-        ("top_k = true", "a number is needed"),
-        ("top_p = 1.01", "top_p is 1.01; it must be between 0 and 1"),
-        ("mirostat = 3", "it must be one of 0, 1, 2"),
-        ("penalty_last_n = -1", "penalty_last_n is -1; it must be between 0"),
-        ("sequence = 1", "text is needed"),
-        ("sequence = 'top_k,temp'", "separated by ';' alone"),
-        ("temp = 2026-11-21", "a number is needed"),
-        ("temp = ", "is no TOML"),
-        ("temp = 1\ntemp = 2", "is no TOML"),
-    ],
-)
-def test_bad_profiles(text, says, tmp_path):
-    path = tmp_path / "bad.toml"
-    path.write_text(text)
-    with pytest.raises(BadRecipe) as error:
-        read_profile(str(path))
-    assert says in str(error.value)
-
-
-def test_profiles_that_are_not_there(tmp_path):
-    with pytest.raises(BadRecipe, match="Did you mean qwen-official") as error:
-        read_profile("qwen-oficial")
-    assert "unsloth-verbatim" in error.value.next_step
-    with pytest.raises(InputMissing):
-        read_profile(str(tmp_path / "none.toml"))
-    with pytest.raises(InputMissing):
-        read_profile("../sampling/qwen-official")  # a path, not a name
-    with pytest.raises(InputMissing):
-        read_profile("a\0b.toml")
-    with pytest.raises(BadRecipe):
-        read_profile("x" * 5000 + ".toml")
-    (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(BadRecipe):
-        read_profile(str(tmp_path / "folder.toml"))
-    os.mkfifo(tmp_path / "pipe.toml")
-    with pytest.raises(BadRecipe):
-        read_profile(str(tmp_path / "pipe.toml"))  # and does not wait for a writer
-    (tmp_path / "latin1.toml").write_bytes(b"# \xff\n")
-    with pytest.raises(BadRecipe):
-        read_profile(str(tmp_path / "latin1.toml"))

@@ -20,10 +20,14 @@ from quant.errors import QwqQuantError
 COMMANDS = {
     "to-gguf": "quant.cli.to_gguf",
     "dynamic-4bit": "quant.cli.dynamic_4bit",
+    "inspect": "quant.cli.inspect",
+    "doctor": "quant.cli.doctor",
+    "fix": "quant.cli.fix",
+    "runtime": "quant.cli.runtime",
+    "recipes": "quant.cli.recipes",
+    "imatrix": "quant.cli.imatrix",
     "measure": "quant.cli.measure",
     "plot": "quant.cli.plot",
-    "imatrix": "quant.cli.imatrix",
-    "inspect": "quant.cli.inspect",
 }
 
 EPILOG = """Exit codes: 0 done, 2 wrong usage, 65 bad input, 66 input missing, 69 library, hub or
