@@ -201,9 +201,9 @@ def find_quantizable(checkpoint: Checkpoint) -> tuple[tuple[Group, ...], tuple[s
     odd = [n for g in groups for n in g.modules if _is_misread(checkpoint.tensors[f"{n}.weight"])]
     if odd:
         notes.append(
-            f"{len(odd)} linears, such as {printable(odd[0])}, have rows that end within a block of "
-            "64 weights. bitsandbytes 0.50 decodes these wrongly on processors with AVX-512 (ten "
-            "times the error); on GPUs, and in the file, they are right"
+            f"{len(odd)} linears, such as {printable(odd[0])}, have rows that end within a block "
+            "of 64 weights. bitsandbytes 0.50 decodes these wrongly on processors with AVX-512 "
+            "(ten times the error); on GPUs, and in the file, they are right"
         )
     return tuple(groups), tuple(notes)
 

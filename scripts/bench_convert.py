@@ -6,9 +6,9 @@
 llama.cpp is convert_hf_to_gguf.py, and for K and I types llama-quantize after it (its library's
 llama_model_quantize, from a BF16 file, with a thread a core). The two sides run in turn, each step
 in a process of its own, on the same generated checkpoint (Qwen2.5-0.5B's shapes, four shards),
-after one run of each that does not count. The ratio is taken pair by pair. Peak memory is the largest
-resident set of any process. `first_run_seconds` is ours with nothing compiled yet. Results go to
-benchmarks/convert.csv.
+after one run of each that does not count. The ratio is taken pair by pair. Peak memory is the
+largest resident set of any process. `first_run_seconds` is ours with nothing compiled yet. Results
+go to benchmarks/convert.csv.
 """
 
 import argparse
