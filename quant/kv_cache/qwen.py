@@ -1,0 +1,69 @@
+"""Qwen-7B's quantized `layer_past`, ((qk, sk, zk), (qv, sv, zv)) a layer, to and from Int8Cache."""
+
+from collections.abc import Sequence
+
+import torch
+from qwq_kernels.kv_int8 import ChannelScales, dequantize
+from qwq_kernels.qwen_kv import Quantized, dequantize_cache_torch, quantize_cache_v
+
+from quant.errors import BadInput
+from quant.kv_cache.cache import Int8Cache
+
+LayerPast = tuple[Quantized, Quantized]
+
+
+def to_layer_past(cache: Int8Cache) -> list[LayerPast]:
+    """One tuple a layer. What the cache stores is one of Qwen's formats already, with 128 as zero
+    point, and is passed on as it is; keys with channel scales and 4-bit values are quantized anew.
+
+    Raises BadInput for a cache with layers of other kinds, or without tokens.
+    """
+    if len(cache.int8_layers) != len(cache.layers) or not cache.get_seq_length():
+        raise BadInput(
+            "This cache cannot be given as layer_past tuples.",
+            "It holds no tokens, or has layers that are not int8.",
+            "",
+        )
+    return [
+        (
+            _to_qwen(kv.k, kv.k_scale, kv.channels, kv.length),
+            _to_qwen(kv.v, kv.v_scale, None, kv.length),
+        )
+        for kv in (layer.kv for layer in cache.int8_layers)
+    ]
+
+
+def _to_qwen(
+    q: torch.Tensor, scale: torch.Tensor, channels: ChannelScales | None, length: int
+) -> Quantized:
+    q, scale = q[:, :, :length], scale[..., :length]
+    if channels is not None or scale.shape[2] != 1:
+        return quantize_cache_v(dequantize(q, scale, channels=channels), 8, 255, 0)
+    scale = scale.squeeze(2)[..., None].contiguous()  # (batch, heads, tokens, 1)
+    return q.contiguous(), scale, torch.full_like(scale, 128)
+
+
+def from_layer_past(
+    layer_past: Sequence[LayerPast], config, dtype: torch.dtype | None = None, **options
+) -> Int8Cache:
+    """An Int8Cache(config, **options) with those tokens, rounded once more to its own scales.
+
+    dtype: the model's, if the tuples' scales have another. Raises BadInput for other tuples.
+    """
+    cache = Int8Cache(config, **options)
+    if len(layer_past) != len(cache.layers):
+        raise BadInput(
+            f"{len(layer_past)} tuples of layer_past for a model of {len(cache.layers)} layers.",
+            "",
+            "Give the config of the model that they came from.",
+        )
+    for i, layer in enumerate(layer_past):
+        if len(layer) != 2 or any(len(part) != 3 for part in layer):
+            raise BadInput(
+                f"Layer {i} of layer_past is not ((qk, sk, zk), (qv, sv, zv)).",
+                "Only quantized ones are; the cache was made without use_cache_quantization.",
+                "",
+            )
+        k, v = (dequantize_cache_torch(*part) for part in layer)
+        cache.update(k.to(dtype or k.dtype), v.to(dtype or v.dtype), i)
+    return cache

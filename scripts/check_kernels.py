@@ -1,0 +1,279 @@
+"""What the compiler made of the kernels: registers, spills, instructions. Needs no GPU.
+
+    python scripts/check_kernels.py [--arch 80 90]
+
+Every kernel is compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200) by the ptxas that
+Triton brings, and its machine code is read back. `instr/elem`: instructions of the inner loop for
+every element of K and V that it reads. Memory hands each multiprocessor of an H200 some 17 int8
+elements a clock, and it has 128 lanes: with 7 instructions an element arithmetic is as slow as
+memory, so 3.5 leave half of it idle. A limit that is not kept is marked, and the exit code is 1.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from qwq_kernels import decode_attention_triton as decode
+from qwq_kernels import kv_int8_triton as kv
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90)
+
+MAX_INSTRUCTIONS = 3.5
+"""Of the decode loop, for every element of K and V. Head sizes that leave more than a quarter of a
+tile empty (80 in a tile of 128) are exempt: what is empty is unpacked like the rest."""
+
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that one program may have."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with everything fixed that is fixed when it is launched."""
+
+    name: str
+    kernel: object
+    pointers: dict[str, str]  # argument -> element type
+    constants: dict[str, object]
+    options: dict[str, object]
+    floats: tuple[str, ...] = ()
+    unaligned: tuple[str, ...] = ()  # integers that need not be multiples of 16
+    head_size: int = 0
+    n_elements: float = 0.0  # of K and V, for each thread and turn of the inner loop; 0: no limit
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine code of a build."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    loop: list[str]  # the inner loop's instructions
+    code: list[str] = field(repr=False)
+
+    @property
+    def spills(self) -> int:
+        return sum(op.startswith(("LDL", "STL")) for op in self.code)
+
+    @property
+    def byte_loads(self) -> int:
+        """Loads of single bytes from shared memory in the inner loop."""
+        return sum(op.startswith(("LDS.U8", "LDS.S8")) for op in self.loop)
+
+
+def _decode_build(name: str, head_size: int, n_rows: int, **changed) -> Build:
+    bits = changed.get("V_BITS", 8)
+    config = changed.pop("config", None) or decode.CONFIGS[decode.block_d(head_size)]
+    constants = {
+        "GROUP": n_rows // changed.get("N_QUERIES", 1), "N_QUERIES": 1, "D": head_size,
+        "V_BITS": bits, "BLOCK_M": decode.BLOCK_M, "BLOCK_N": config.block_n,
+        "BLOCK_D": decode.block_d(head_size), "ROW_BLOCKS": -(-n_rows // decode.BLOCK_M),
+        "RANGED": False, "MASK": decode.MASK_NONE,
+        "CAUSAL": False, "SPLIT": True, "ASM": True,
+    } | changed  # fmt: skip
+    pointers = {
+        "a_ptr": "bf16", "k_ptr": "u8", "k_scale_ptr": "fp32", "v_ptr": "u8",
+        "v_scale_ptr": "fp32", "range_ptr": "fp32", "out_ptr": "bf16", "part_ptr": "fp32",
+        "mask_ptr": "fp32",
+        "largest_ptr": "fp32", "total_ptr": "fp32",
+    }  # fmt: skip
+    elements = 2 * config.block_n * head_size
+    return Build(
+        name, decode.split_kernel, pointers, constants,
+        {"num_warps": config.num_warps, "num_stages": config.num_stages} | decode.OPTIONS,
+        floats=("scaling",),
+        unaligned=(
+            "length", "tokens_per_split", "n_splits", "heads", "stride_mb", "stride_mh", "stride_mq"
+        ),
+        head_size=head_size,
+        n_elements=elements / (32 * config.num_warps),
+    )  # fmt: skip
+
+
+def _kv_build(name: str, kernel, head_size: int, dtype: str, centred: bool, bits: int) -> Build:
+    block = kv.block_size(head_size)
+    value_block = kv.block_size(head_size * bits // 8)
+    every = {
+        "k_ptr": dtype, "v_ptr": dtype, "x_ptr": dtype, "out_ptr": dtype, "q_ptr": "u8",
+        "kq_ptr": "u8", "vq_ptr": "u8", "scale_ptr": "fp32", "k_scale_ptr": "fp32",
+        "v_scale_ptr": "fp32", "mid_ptr": "fp32", "inverse_ptr": "fp32", "range_ptr": "fp32",
+    }  # fmt: skip
+    constants = {
+        "K_SIZE": head_size, "K_BLOCK": block, "CENTRED": centred, "V_SIZE": head_size,
+        "V_BLOCK": value_block, "V_BITS": bits, "D": head_size, "BLOCK": value_block,
+        "BITS": bits, "ROWS": kv.ROWS, "stride_kd": 1, "stride_vd": 1, "stride_xd": 1,
+    }  # fmt: skip
+    names = kernel.arg_names
+    return Build(
+        name, kernel,
+        {n: t for n, t in every.items() if n in names},
+        {n: value for n, value in constants.items() if n in names},
+        kv.OPTIONS,
+        unaligned=("n_rows", "n_heads", "n_new", "n_tokens", "start"),
+        head_size=head_size,
+    )  # fmt: skip
+
+
+def _join_build(head_size: int, block_s: int) -> Build:
+    return Build(
+        f"join of {block_s} parts", decode.join_kernel,
+        {"part_ptr": "fp32", "largest_ptr": "fp32", "total_ptr": "fp32", "out_ptr": "bf16"},
+        {"D": head_size, "BLOCK_D": triton.next_power_of_2(head_size), "BLOCK_S": block_s},
+        {"num_warps": 4} | decode.OPTIONS,
+        unaligned=("n_splits", "n_heads", "n_queries"),
+        head_size=head_size,
+    )  # fmt: skip
+
+
+def builds() -> list[Build]:
+    """What is launched for the models there are: head sizes, group sizes, masks, drafts."""
+    tokens, ranged = {"MASK": decode.MASK_TOKENS}, {"RANGED": True}
+    several = {"N_QUERIES": 5, "CAUSAL": True}
+    return [
+        _decode_build("decode, 7 heads a group", 128, 7),
+        _decode_build("decode, 1 head a group, whole", 128, 1, SPLIT=False),
+        _decode_build("decode, channel scales", 128, 7, **ranged),
+        _decode_build("decode, left padding", 128, 7, **tokens, **ranged),
+        _decode_build("decode, left padding", 64, 7, **tokens, **ranged),
+        _decode_build("decode, 8 heads a group", 64, 8),
+        _decode_build("decode, 2 heads a group", 256, 2),
+        _decode_build("decode, 5 drafts", 128, 20, **several),
+        _decode_build("decode, 5 drafts, padding", 128, 35, **several, **tokens),
+        _decode_build("decode, mask of each query", 128, 35, N_QUERIES=5, MASK=decode.MASK_ROWS),
+        _decode_build("decode, 4-bit values", 128, 7, V_BITS=4),
+        _decode_build("decode, 4-bit values, padding", 128, 8, V_BITS=4, **tokens, **ranged),
+        _decode_build("decode, tile half empty", 32, 4),
+        _decode_build("decode, tile half empty", 80, 1),
+        _decode_build("decode, tile three quarters", 96, 1),
+        _join_build(128, 8),
+        _join_build(128, 64),
+        _kv_build("append", kv.append_kernel, 128, "bf16", False, 8),
+        _kv_build("append, channel scales", kv.append_kernel, 128, "bf16", True, 8),
+        _kv_build("append, 4-bit values", kv.append_kernel, 64, "fp16", False, 4),
+        _kv_build("append", kv.append_kernel, 80, "fp32", True, 8),
+        _kv_build("quantize", kv.quantize_kernel, 128, "bf16", True, 8),
+        _kv_build("dequantize", kv.dequantize_kernel, 128, "bf16", False, 8),
+        _kv_build("dequantize, channel scales", kv.dequantize_kernel, 128, "bf16", True, 8),
+        _kv_build("dequantize, 4 bits", kv.dequantize_kernel, 64, "fp16", False, 4),
+    ]  # fmt: skip
+
+
+def compile_for(build: Build, architecture: int) -> Machine:
+    """Compile without a GPU, and read the machine code back."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(build.kernel.arg_names):
+        if name in build.constants:
+            signature[name] = "constexpr"
+            constants[(i,)] = build.constants[name]
+        elif name in build.floats:
+            signature[name] = "fp32"
+        else:
+            signature[name] = f"*{build.pointers[name]}" if name in build.pointers else "i32"
+            if name not in build.unaligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options=dict(build.options)
+    )
+    return read_machine_code(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def read_machine_code(cubin: bytes, shared: int) -> Machine:
+    usage = _cuobjdump(cubin, "--dump-resource-usage")
+    count = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", _cuobjdump(cubin, "-sass"))
+    lines = [(int(address, 16), text) for address, text in lines]
+    code = [_operation(text) for _, text in lines]
+    return Machine(count["REG"], count["STACK"], count["LOCAL"], shared, _inner_loop(lines), code)
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _operation(text: str) -> str:
+    """HMMA.16816.F32 of "@!P0 HMMA.16816.F32 R4, ..."."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def _inner_loop(lines: list[tuple[int, str]]) -> list[str]:
+    """Of the loops, between a backward branch and its target, that with asynchronous copies: it is
+    the pipelined one. Empty where there is none."""
+    found = []
+    for address, text in lines:
+        target = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            first = int(target[1], 16)
+            body = [_operation(text) for at, text in lines if first <= at <= address]
+            if any(op.startswith("LDGSTS") for op in body):
+                found.append(body)
+    return max(found, key=len, default=[])
+
+
+def faults(build: Build, machine: Machine, architecture: int) -> list[str]:
+    """The limits that are not kept."""
+    found = []
+    if machine.spills or machine.local or machine.stack:
+        found.append(f"{machine.spills} spills, {machine.local} B local, {machine.stack} B stack")
+    if machine.shared > MAX_SHARED[architecture]:
+        found.append(f"{machine.shared} B shared")
+    if build.n_elements:
+        if not machine.loop:
+            found.append("no pipelined loop")
+        if machine.byte_loads:
+            found.append(f"{machine.byte_loads} byte loads")
+        fills_tile = build.head_size >= 0.75 * decode.block_d(build.head_size)
+        if fills_tile and len(machine.loop) / build.n_elements > MAX_INSTRUCTIONS:
+            found.append(f"more than {MAX_INSTRUCTIONS} instructions an element")
+    return found
+
+
+def row(build: Build, machine: Machine, architecture: int) -> str:
+    per_element = f"{len(machine.loop) / build.n_elements:10.2f}" if build.n_elements else " " * 10
+    return (
+        f"sm_{architecture}  {build.name:32}{build.head_size:5}{machine.registers:6}"
+        f"{machine.spills:7}{machine.local:6}{machine.shared:8}{len(machine.code):7}"
+        f"{len(machine.loop):6}{per_element}  {'; '.join(faults(build, machine, architecture))}"
+    ).rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--loop", action="store_true", help="print the inner loops' instructions")
+    args = parser.parse_args()
+    print(f"Triton {triton.__version__}")
+    print(
+        f"arch   {'kernel':32}{'head':>5}{'regs':>6}{'spills':>7}{'local':>6}{'shared':>8}"
+        f"{'instr':>7}{'loop':>6}{'instr/elem':>10}"
+    )
+    n_faults = 0
+    for architecture in args.arch:
+        for build in builds():
+            machine = compile_for(build, architecture)
+            print(row(build, machine, architecture), flush=True)
+            if args.loop and machine.loop:
+                print("       ", dict(Counter(machine.loop).most_common()))
+            n_faults += len(faults(build, machine, architecture))
+    return 1 if n_faults else 0
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("The interpreter compiles nothing: unset TRITON_INTERPRET.")
+    sys.exit(main())
