@@ -20,6 +20,7 @@ from quant.errors import QwqQuantError
 COMMANDS = {
     "to-gguf": "quant.cli.to_gguf",
     "dynamic-4bit": "quant.cli.dynamic_4bit",
+    "evaluate": "quant.cli.evaluate",
     "inspect": "quant.cli.inspect",
     "doctor": "quant.cli.doctor",
     "fix": "quant.cli.fix",

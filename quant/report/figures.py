@@ -360,7 +360,3 @@ def _kinds(points: Sequence[Point]) -> list[str]:
 
 def _n_layers(points: Sequence[Point]) -> int:
     return 1 + max(point.layer for point in points)
-
-
-# For quant/evaluation/figures.py, until it imports these from quant.report.axes.
-_log_axis, _range, _within = log_axis, log_range, within

@@ -1,0 +1,204 @@
+"""qwq-quant evaluate: how much each of many candidates lost, on one scale."""
+
+import time
+from pathlib import Path
+
+import click
+
+from quant.cli import options
+
+
+@click.command("evaluate")
+@click.argument("model")
+@click.argument("candidates", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the report; it is made if it is not there.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Text to measure on: a plain file, or JSON lines with category and text. "
+    "[default: a built-in text: code, English, reasoning]",
+)
+@click.option(
+    "--tokens",
+    "n_tokens",
+    type=click.IntRange(min=1),
+    help="How many tokens of it. [default: all]",
+)
+@click.option(
+    "--context",
+    "n_ctx",
+    type=click.IntRange(min=8),
+    default=512,
+    show_default=True,
+    help="Tokens in a window; the second half of each is scored.",
+)
+@click.option("--loops", is_flag=True, help="Draw answers and look whether they end.")
+@click.option(
+    "--prompts",
+    default="short",
+    show_default=True,
+    metavar="SET|FILE",
+    help="What is asked with --loops: short, flappy-bird, or a TOML file.",
+)
+@click.option(
+    "--sampling",
+    "profiles",
+    multiple=True,
+    metavar="PROFILE|FILE",
+    help="How answers are drawn; give it twice to see two side by side. [default: qwen-official]",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True,
+              help="How many answers to each prompt, with seeds 1, 2, ...")  # fmt: skip
+@click.option(
+    "--loop-tokens",
+    type=click.IntRange(min=64),
+    default=1024,
+    show_default=True,
+    help="An answer of so many tokens is endless.",
+)
+@click.option(
+    "--questions",
+    type=click.Path(path_type=Path),
+    help='JSON lines of {"question", "answer"}, answered greedily, right to the letter or wrong.',
+)
+@click.option("--tasks", help="Tasks of lm-eval, for example gsm8k,mmlu. It downloads their data.")
+@click.option(
+    "--task-limit", type=click.IntRange(min=1), help="Questions of each task. [default: all]"
+)
+@options.force
+@options.output_format
+@options.model_options
+@options.debug
+def command(
+    model, candidates, output, text, n_tokens, n_ctx, loops, prompts, profiles, seeds,
+    loop_tokens, questions, tasks, task_limit, force, output_format, **where,
+):  # fmt: skip
+    """Measure how much each of CANDIDATES lost against MODEL, whatever their formats.
+
+    Folders (16-bit, bitsandbytes, GPTQ) run in transformers, .gguf files in llama.cpp, what does
+    not fit in memory layer by layer. Perplexity, KL divergence and top-token agreement have
+    llama.cpp's definitions. MODEL may also be a file of its --kl-divergence-base. A candidate that
+    cannot be measured is named and left out, and the exit code is 65 then. Run the same command
+    again after an interruption: it goes on.
+
+    \b
+    Examples:
+      qwq-quant evaluate examples/tiny-qwq tiny-*.gguf -o report --context 256
+      qwq-quant evaluate Qwen/QwQ-32B qwq-4bit QwQ-Q4_K_M.gguf -o report \\
+          --loops --prompts flappy-bird --loop-tokens 16384 \\
+          --sampling qwen-official --sampling unsloth
+    """
+    from quant.evaluation.evaluate import evaluate
+    from quant.evaluation.measuring import Loops, Wishes
+    from quant.evaluation.report import check_places, write_report
+    from quant.texts import held_out_texts, read_texts
+
+    check_places(output, force=force)
+    if tasks:
+        from quant.evaluation.lm_eval_bridge import check_tasks
+
+        check_tasks(tasks.split(","))
+    wishes = Wishes(
+        texts=held_out_texts() if text is None else read_texts(text),
+        n_ctx=n_ctx,
+        n_tokens=n_tokens,
+        loops=_loops(Loops, prompts, profiles, seeds, loop_tokens) if loops else None,
+        questions=_questions(questions),
+        tasks=tuple(tasks.split(",")) if tasks else (),
+        task_limit=task_limit,
+    )
+    started = time.monotonic()
+    with _Bars() as bars:
+        reference, found, missing = _find(model, candidates, where)
+        evaluation = evaluate(reference, found, wishes, output, bars, missing)
+    files = write_report(evaluation, output, force=force)
+    if output_format == "json":
+        import json
+
+        click.echo(json.dumps(evaluation.as_json(), indent=1))
+    else:
+        from quant.cli.evaluation_table import print_evaluation
+
+        print_evaluation(evaluation)
+        click.echo(f"\n{files[0]}, in {time.monotonic() - started:.1f} s.")
+    return 65 if evaluation.failed else 0
+
+
+def _loops(kind, prompts: str, profiles: tuple[str, ...], seeds: int, limit: int):
+    from quant.evaluation.loops import read_prompts
+    from quant.recipe import find_profile
+
+    settings = {name: find_profile(name).settings() for name in profiles or ("qwen-official",)}
+    return kind(tuple(read_prompts(prompts)), settings, tuple(range(1, seeds + 1)), limit)
+
+
+def _questions(path: Path | None) -> tuple:
+    from quant.evaluation.questions import read_questions
+
+    return () if path is None else tuple(read_questions(path))
+
+
+def _find(model: str, candidates: tuple[str, ...], where: dict):
+    """The reference, the candidates found, and those that are not there, each with its error."""
+    from quant.errors import QwqQuantError
+    from quant.evaluation.evaluate import Failed, Model, is_base_file
+    from quant.hub import resolve
+
+    path = Path(model)
+    reference = Model(
+        _short(model, (model,)), path if is_base_file(path) else resolve(model, **where).path
+    )
+    found, missing = [], []
+    for name in candidates:
+        shown = _short(name, candidates)
+        try:
+            found.append(Model(shown, resolve(name, **where).path))
+        except QwqQuantError as error:
+            missing.append(Failed(shown, error))
+    return reference, found, missing
+
+
+def _short(name: str, among: tuple[str, ...]) -> str:
+    """The last part of a path, unless another one ends in the same."""
+    last = [each.rstrip("/").rpartition("/")[2] for each in among]
+    own = name.rstrip("/").rpartition("/")[2]
+    return own if own and last.count(own) == 1 else name
+
+
+class _Bars:
+    """A bar for each step, on stderr, and notes between them."""
+
+    def __init__(self):
+        self._bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._end()
+
+    def _end(self) -> None:
+        if self._bar:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+    def begin(self, label: str, total: int) -> None:
+        from quant.cli.progress import Progress
+
+        self._end()
+        self._bar = Progress(label, total)
+
+    def advance(self, n: int) -> None:
+        self._bar.advance(n)
+
+    def note(self, text: str) -> None:
+        from quant.cli.plan_table import print_note
+
+        self._end()
+        print_note(text, err=True)

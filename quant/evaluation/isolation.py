@@ -1,0 +1,81 @@
+"""One model in a process of its own.
+
+llama.cpp ends the whole process over some bad files, a model that does not fit is killed by the
+system, and torch gives memory back only when it ends. A model that fails so must not take the
+others' results with it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from quant import errors
+from quant.display import printable
+from quant.errors import BadInput, QwqQuantError, Unavailable
+
+Say = Callable[..., None]
+"""How work reports: say("begin", label, total), say("advance", n), say("note", text)."""
+
+
+def run_isolated(work: Callable, arguments: tuple, on_message: Callable) -> object:
+    """work(*arguments, say) in a fresh process; what it returns, which must be plain data.
+
+    on_message is called with what the work says. Raises what the work raised if it is one of
+    quant.errors, BadInput for any other failure or a death by a signal.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(theirs, work, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            kind, *rest = ours.recv()
+            if kind == "returned":
+                return rest[0]
+            if kind == "raised":
+                raise _rebuilt(*rest)
+            on_message(kind, *rest)
+    except EOFError:
+        process.join()
+        raise _died(process.exitcode) from None
+    finally:
+        if process.is_alive():
+            process.terminate()
+        process.join()
+        ours.close()
+
+
+def _run(connection: Connection, work: Callable, arguments: tuple) -> None:
+    """In the new process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    os.dup2(2, 1)  # stdout is the command's; libraries print there
+    try:
+        answer = "returned", work(*arguments, lambda *message: connection.send(message))
+    except QwqQuantError as error:
+        answer = "raised", type(error).__name__, error.what, error.why, error.next_step
+    except MemoryError:
+        what = "There is too little memory for this model."
+        answer = "raised", Unavailable.__name__, what, "", ""
+    except Exception as error:
+        why = f"{type(error).__name__}: {printable(error)}"
+        answer = "raised", BadInput.__name__, "It failed in a way that nobody foresaw.", why, ""
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        connection.send(answer)
+
+
+def _rebuilt(kind: str, what: str, why: str, next_step: str) -> QwqQuantError:
+    return getattr(errors, kind)(what, why, next_step)
+
+
+def _died(exit_code: int) -> BadInput:
+    name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+    why = {
+        "SIGKILL": "The system kills what takes more memory than there is.",
+        "SIGABRT": "llama.cpp ends so over a file that it cannot make sense of.",
+        "SIGSEGV": "A library read where it must not: the file is likely damaged.",
+    }.get(name, "")
+    return BadInput(f"Its process was ended by {name}.", why)

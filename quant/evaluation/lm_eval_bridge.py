@@ -1,0 +1,141 @@
+"""lm-eval's tasks on our runners: MMLU, C-Eval, GSM8K and whatever else it has.
+
+    likelihood tasks   ln p of an answer's tokens after a question's (multiple choice)
+    generation tasks   an answer drawn up to a stop text (GSM8K)
+
+lm-eval downloads the tasks' data from the hub. Tasks that run the model's programs (HumanEval) are
+refused: that is code which nobody has read.
+# ref: lm-evaluation-harness, lm_eval/api/model.py; docs/model_guide.md
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import numpy as np
+
+from quant.display import printable
+from quant.errors import BadInput, Unavailable
+from quant.evaluation.divergence import log_softmax
+from quant.evaluation.runners import Runner
+from quant.evaluation.sampler import GREEDY, Sampler
+
+LONGEST_ANSWER = 1024
+"""Tokens drawn where a task does not say."""
+
+ROLLING = 2048
+"""Tokens in a window where a whole document is scored."""
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise Unavailable without lm-eval, BadInput for a task it does not know."""
+    known = set(_lm_eval().tasks.TaskManager().all_tasks)
+    for task in tasks:
+        if task not in known:
+            near = get_close_matches(task, known, 1)
+            raise BadInput(
+                f'lm-eval knows no task "{printable(task)}".',
+                f"Did you mean {near[0]}?" if near else "",
+                "Print the names it knows: lm-eval ls tasks",
+            )
+
+
+def _lm_eval():
+    try:
+        import lm_eval
+        import lm_eval.tasks
+    except ImportError as error:
+        raise Unavailable(
+            "lm-eval is not installed, so its tasks cannot be run.",
+            f"{printable(error)}.",
+            'pip install "qwq-quant[eval]"',
+        ) from error
+    return lm_eval
+
+
+def run_tasks(
+    runner: Runner, tasks: Sequence[str | dict], limit: int | None
+) -> dict[str, dict[str, dict]]:
+    """Task -> figure -> {"value", "error", "n"}. tasks: lm-eval's names, or its configurations.
+
+    limit: questions of each. Raises Unavailable without lm-eval or its data, BadInput for an
+    unknown task.
+    """
+    lm_eval = _lm_eval()
+    from quant.evaluation.lm_eval_model import RunnerModel
+
+    try:
+        found = lm_eval.simple_evaluate(
+            RunnerModel(runner), tasks=list(tasks), limit=limit, bootstrap_iters=0,
+            log_samples=False,
+        )  # fmt: skip
+    except (OSError, ConnectionError) as error:
+        raise Unavailable(
+            "The data of a task cannot be had.",
+            f"{type(error).__name__}: {printable(error)}.",
+            "Run once with a network; what it downloads is kept.",
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise BadInput(
+            "lm-eval cannot run these tasks.",
+            f"{type(error).__name__}: {printable(error)}.",
+            "Print the names it knows: lm-eval ls tasks",
+        ) from error
+    counts = found["n-samples"]
+    return {
+        task: _figures(figures, counts.get(task, {}).get("effective"))
+        for task, figures in found["results"].items()
+    }
+
+
+def _figures(figures: dict, n: int | None) -> dict[str, dict]:
+    """lm-eval's {"acc,none": 0.3, "acc_stderr,none": 0.01} as {"acc": {...}}."""
+    answer = {}
+    for key, value in figures.items():
+        name, _, variant = key.partition(",")
+        if not isinstance(value, float | int) or name.endswith("_stderr") or not variant:
+            continue
+        error = figures.get(f"{name}_stderr,{variant}")
+        shown = name if variant == "none" else f"{name}, {variant}"
+        answer[shown] = {
+            "value": float(value),
+            "error": error if isinstance(error, float) else None,
+            "n": n,
+        }
+    return answer
+
+
+# --- what a task asks of a model --------------------------------------------------------------
+
+
+def likelihood(runner: Runner, context: list[int], answer: list[int]) -> tuple[float, bool]:
+    """(ln p of `answer` after `context`, whether greedy decoding would give it). Both not empty."""
+    ids = np.array([*context, *answer], np.int32)[None]
+    logits = next(iter(runner.logits(ids, len(context) - 1)))  # (len(answer), n_vocab)
+    log_p = log_softmax(logits)
+    found = log_p[np.arange(len(answer)), answer].sum()
+    return float(found), bool((logits.argmax(axis=1) == answer).all())
+
+
+def answer_until(runner: Runner, prompt: list[int], stops: Sequence[str], settings: dict) -> str:
+    """An answer up to the first of `stops`, which is left out, or the model's own end.
+
+    settings: lm-eval's generation settings.
+    """
+    temperature = float(settings.get("temperature") or 0.0)
+    drawn = bool(settings.get("do_sample")) and temperature > 0
+    chain = {"sequence": "temperature", "temp": temperature} if drawn else GREEDY
+    limit = int(settings.get("max_gen_toks") or LONGEST_ANSWER)
+    sampler = Sampler(chain, 0, runner.text)
+    logits, tokens, text = runner.begin(np.array(prompt, np.int32), len(prompt) + limit), [], ""
+    while len(tokens) < limit:
+        token = sampler.draw(logits)
+        if token in runner.eos:
+            break
+        tokens.append(token)
+        text = runner.text(tokens)
+        if any(stop in text for stop in stops):
+            break
+        if len(tokens) < limit:
+            logits = runner.go_on(token)
+    ends = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,419 @@
+"""Many candidates in one run: the figures, what is left out, resuming, the files."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+from evaluation_helpers import to_gguf
+
+from quant import errors
+from quant.cli.evaluate import command
+from quant.errors import BadInput, CannotCreate, OutputFailed
+from quant.evaluation import evaluate as evaluation_room
+from quant.evaluation.base_file import encode_header, encode_rows
+from quant.evaluation.chunks import cut_chunks
+from quant.evaluation.evaluate import WORK, Model, evaluate
+from quant.evaluation.isolation import run_isolated
+from quant.evaluation.measuring import Wishes
+from quant.evaluation.runners import open_runner
+from quant.evaluation.window_file import WindowFile
+from quant.texts import held_out_texts
+
+CATEGORIES = ("code", "english", "reasoning", "language")
+
+N_CTX, N_TOKENS = 128, 1200
+
+
+class Silent:
+    """A listener that remembers."""
+
+    def __init__(self):
+        self.begun, self.notes, self.n = [], [], 0
+
+    def begin(self, label, total):
+        self.begun.append((label, total))
+
+    def advance(self, n):
+        self.n += n
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_qwq, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    names = ("F32", "Q8_0", "Q4_0", "Q2_K")
+    return {name: to_gguf(tiny_qwq, name, folder / f"{name}.gguf") for name in names}
+
+
+@pytest.fixture
+def wishes() -> Wishes:
+    return Wishes(held_out_texts(), N_CTX, N_TOKENS)
+
+
+def measure(models, names, wishes, output, listener=None, reference="F32"):
+    return evaluate(
+        Model(reference, models[reference]),
+        [Model(name, models[name]) for name in names],
+        wishes,
+        output,
+        listener or Silent(),
+    )
+
+
+def test_divergence_grows_as_bits_shrink(models, wishes, tmp_path):
+    found = measure(models, ["F32", "Q8_0", "Q4_0", "Q2_K"], wishes, tmp_path / "r")
+    klds = [c.statistics.kld.value for c in found.candidates]
+    assert abs(klds[0]) < 1e-5 < klds[1] < klds[2] < klds[3]
+    same = [c.statistics.same_top.value for c in found.candidates]
+    assert same[0] == 1 and same == sorted(same, reverse=True)
+    assert found.candidates[0].ppl == found.reference.ppl
+    assert [c.nbytes for c in found.candidates] == [m.stat().st_size for m in models.values()]
+    assert found.candidates[1].bits_per_weight == pytest.approx(8.6, abs=0.2)
+    assert all(sum(c.dp_histogram) == c.statistics.n_positions for c in found.candidates)
+    assert found.failed == () and not (tmp_path / "r" / WORK).exists()
+    assert set(found.text["categories"]) == set(CATEGORIES)
+
+
+def test_it_is_what_two_runners_side_by_side_give(models, wishes, tmp_path):
+    """The way over 16-bit log-probabilities on the disk changes the third digit at most."""
+    from quant.evaluation.comparison import compare
+
+    found = measure(models, ["Q4_0"], wishes, tmp_path / "r").candidates[0].statistics
+    with open_runner(models["F32"]) as a, open_runner(models["Q4_0"]) as b:
+        exact = compare(a, b, cut_chunks(a, held_out_texts(), N_CTX, N_TOKENS))
+    assert found.ppl == exact.ppl and found.ppl_reference == exact.ppl_reference
+    assert found.kld.value == pytest.approx(exact.kld.value, rel=1e-3)
+    assert found.dp_rms.value == pytest.approx(exact.dp_rms.value, rel=1e-9)
+    for name, part in exact.by_category.items():
+        assert found.by_category[name].n_positions == part.n_positions
+        assert found.by_category[name].kld.value == pytest.approx(
+            part.kld.value, rel=1e-3, abs=1e-5
+        )
+
+
+def test_bad_candidates_are_named_and_the_rest_reported(models, wishes, tmp_path, tiny_qwq):
+    from model_makers import make_model
+
+    (tmp_path / "no.gguf").write_bytes(b"x" * 100)
+    make_model("qwen2", tmp_path / "small", vocab_size=4095)
+    swapped = tmp_path / "swapped"
+    shutil.copytree(tiny_qwq, swapped)
+    tokenizer = json.loads((swapped / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:2000]
+    (swapped / "tokenizer.json").write_text(json.dumps(tokenizer))
+    bad = {"no": tmp_path / "no.gguf", "small": tmp_path / "small", "swapped": swapped}
+    listener = Silent()
+    found = measure(models | bad, ["no", "Q8_0", "small", "swapped"], wishes, tmp_path / "r",
+                    listener)  # fmt: skip
+    assert [c.name for c in found.candidates] == ["Q8_0"]
+    said = {failed.name: str(failed.error) for failed in found.failed}
+    assert "GGUF" in said["no"] and "4095 tokens instead of 4096" in said["small"]
+    assert "other tokens" in said["swapped"]
+    assert sum("left out" in note for note in listener.notes) == 3
+    assert (tmp_path / "r" / WORK).is_dir()  # for the run in which they are mended
+
+
+def test_a_text_shorter_than_a_window(models, tmp_path, wishes):
+    (tmp_path / "t.txt").write_text("a few words")
+    from quant.texts import read_texts
+
+    short = Wishes(read_texts(tmp_path / "t.txt"), N_CTX)
+    with pytest.raises(BadInput, match="too short"):
+        measure(models, ["Q8_0"], short, tmp_path / "r")
+
+
+def test_a_bad_reference_ends_the_run(models, wishes, tmp_path):
+    (tmp_path / "no.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadInput):
+        measure(models | {"no": tmp_path / "no.gguf"}, ["Q8_0"], wishes, tmp_path / "r",
+                reference="no")  # fmt: skip
+
+
+def test_llama_cpps_base_file_can_be_the_reference(models, wishes, tmp_path):
+    with open_runner(models["F32"]) as runner:
+        chunks = cut_chunks(runner, held_out_texts(), N_CTX, N_TOKENS)
+        rows = [encode_rows(x) for x in runner.logits(chunks.inputs, chunks.first)]
+    path = tmp_path / "base.kld"
+    path.write_bytes(encode_header(chunks, 4096) + b"".join(r.tobytes() for r in rows))
+    found = measure(models | {"base": path}, ["Q4_0"], wishes, tmp_path / "r", reference="base")
+    own = measure(models, ["Q4_0"], wishes, tmp_path / "r2")
+    assert found.candidates[0].statistics.kld == own.candidates[0].statistics.kld
+    assert found.candidates[0].bits_per_weight is None
+    assert found.reference.ppl.value <= own.reference.ppl.value  # its tail is cut off
+    assert path.exists() and found.text["sha256"] is None
+
+
+def test_an_interrupted_run_goes_on(models, wishes, tmp_path):
+    """Killed in the middle of the second candidate; its first windows are not read again."""
+    whole = measure(models, ["Q8_0", "Q4_0"], wishes, tmp_path / "whole")
+
+    class Dying(Silent):
+        def advance(self, n):
+            super().advance(n)
+            if len(self.begun) == 3 and self.n >= 2 * self.begun[0][1] + 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(models, ["Q8_0", "Q4_0"], wishes, tmp_path / "r", Dying())
+    listener = Silent()
+    again = measure(models, ["Q8_0", "Q4_0"], wishes, tmp_path / "r", listener)
+    totals = dict(listener.begun)
+    assert totals["F32.gguf reads"] == 0 and "Q8_0.gguf reads" not in totals
+    assert 0 < totals["Q4_0.gguf reads"] <= len(whole.candidates) * 1000
+    assert totals["Q4_0.gguf reads"] < whole.text["n_windows"]
+    assert again.as_json() == whole.as_json()
+
+
+def test_two_runs_on_one_folder(models, wishes, tmp_path):
+    with evaluation_room._work_folder(_made(tmp_path / "r")), pytest.raises(CannotCreate):
+        measure(models, ["Q8_0"], wishes, tmp_path / "r")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_too_little_disk_is_said_before_any_work(models, wishes, tmp_path, monkeypatch):
+    from quant.evaluation import measuring
+
+    monkeypatch.setattr(
+        measuring.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9)
+    )
+    with pytest.raises(OutputFailed, match="need"):
+        measuring.measure_reference(models["F32"], wishes, tmp_path, lambda *message: None)
+    assert not list(tmp_path.glob("*.kld"))
+
+
+# --- windows on the disk ----------------------------------------------------------------------
+
+
+def test_a_torn_record_is_dropped_and_another_header_begins_anew(tmp_path):
+    path = tmp_path / "f"
+    with WindowFile(path, b"head", 8) as file:
+        file.append(b"a" * 8)
+        file.append(b"b" * 8)
+        with pytest.raises(ValueError, match="a record"):
+            file.append(b"c")
+    path.write_bytes(path.read_bytes()[:-3])
+    with WindowFile(path, b"head", 8) as file:
+        assert file.n_records == 1 and path.stat().st_size == 12
+        file.append(b"c" * 8)
+    assert path.read_bytes() == b"head" + b"a" * 8 + b"c" * 8
+    with WindowFile(path, b"else", 8) as file:
+        assert file.n_records == 0
+    assert path.read_bytes() == b"else"
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def _raise_ours(say):
+    raise BadInput("what", "why", "next")
+
+
+def _raise_other(say):
+    raise ZeroDivisionError("odd")
+
+
+def _die(say):
+    import os
+
+    say("note", "now")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _talk(a, say):
+    print("this is not for stdout")
+    say("advance", 2)
+    return {"a": a}
+
+
+def test_a_process_says_what_it_did(capfd):
+    heard = []
+    assert run_isolated(_talk, (5,), lambda *m: heard.append(m)) == {"a": 5}
+    assert heard == [("advance", 2)] and capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [(_raise_ours, "what\nwhy\nnext"), (_raise_other, "ZeroDivisionError: odd"),
+     (_die, "SIGKILL")],
+)  # fmt: skip
+def test_a_process_that_fails(work, message):
+    with pytest.raises(BadInput) as caught:
+        run_isolated(work, (), lambda *m: None)
+    assert message in str(caught.value)
+
+
+def test_every_error_survives_the_way_between_processes():
+    from quant.evaluation.isolation import _rebuilt
+
+    for kind in (BadInput, OutputFailed, errors.Unavailable):
+        error = _rebuilt(kind.__name__, "a", "b", "c")
+        assert type(error) is kind and str(error) == "a\nb\nc"
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(models, tiny_qwq, tmp_path_factory) -> Path:
+    """A report of a whole run by the command line, with everything in it."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "bad<b>.gguf").write_bytes(b"no")
+    done = run_command(
+        tiny_qwq, models["Q8_0"], models["Q2_K"], folder / "bad<b>.gguf", "-o", folder / "out",
+        "--context", N_CTX, "--tokens", N_TOKENS, "--loops", "--seeds", 1, "--loop-tokens", 64,
+        "--sampling", "qwen-official", "--sampling", "unsloth",
+        "--questions", short_questions(folder),
+    )  # fmt: skip
+    assert done.return_value == 65, done.output
+    (folder / "out" / "stdout.txt").write_text(done.stdout)
+    return folder / "out"
+
+
+def run_command(*arguments):
+    return CliRunner().invoke(command, list(map(str, arguments)), standalone_mode=False,
+                              catch_exceptions=False)  # fmt: skip
+
+
+def short_questions(folder: Path) -> Path:
+    lines = (ROOT / "examples" / "tiny-qwq" / "questions.jsonl").read_text().splitlines()[:4]
+    (folder / "q.jsonl").write_text("\n".join(lines))
+    return folder / "q.jsonl"
+
+
+def test_the_json_holds_everything(report):
+    found = json.loads((report / "results.json").read_text())
+    assert [c["name"] for c in found["candidates"]] == ["Q8_0.gguf", "Q2_K.gguf"]
+    assert found["failed"][0]["name"] == "bad<b>.gguf" and found["failed"][0]["what"]
+    first = found["candidates"][0]
+    assert first["statistics"]["n_positions"] == found["text"]["n_positions"]
+    assert {r["profile"] for r in first["loops"]} == {"qwen-official", "unsloth"}
+    assert len(first["texts"]) == 10 and first["questions"]["n_questions"] == 4
+    assert found["reference"]["statistics"] is None and found["settings"]["loops"]["seeds"] == [1]
+
+
+def test_the_csv_has_llama_cpps_names(report):
+    rows = list(csv.DictReader(io.StringIO((report / "results.csv").read_text())))
+    mean = {(r["model"], r["category"]): r for r in rows if r["figure"] == "Mean KLD"}
+    assert set(mean) == {(m, c) for m in ("Q8_0.gguf", "Q2_K.gguf")
+                         for c in ("", *CATEGORIES)}  # fmt: skip
+    whole = json.loads((report / "results.json").read_text())["candidates"][0]["statistics"]
+    assert float(mean["Q8_0.gguf", ""]["value"]) == whole["kld"]["value"]
+    n = [int(mean["Q8_0.gguf", c]["n_positions"]) for c in CATEGORIES]
+    assert sum(n) == whole["n_positions"]
+
+
+def test_the_page_holds_everything_and_asks_nothing_of_the_network(report):
+    page = (report / "report.html").read_text()
+    for text in ("What was lost", "By kind of text", "Does it stop", "Tasks", "Left out",
+                 "Q2_K.gguf", "unsloth", "exact match", "bad&lt;b&gt;.gguf"):  # fmt: skip
+        assert text in page, text
+    assert "<b>.gguf" not in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+def test_the_tables_fit_80_columns(report):
+    lines = (report / "stdout.txt").read_text().splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    text = "\n".join(lines)
+    for part in ("mean KLD", "same top", "Mean KLD by kind of text", "endless", "exact match",
+                 "bad<b>.gguf was left out", "reference"):  # fmt: skip
+        assert part in text, part
+
+
+def test_long_names_and_wide_numbers_still_fit(capsys):
+    from quant.cli.evaluation_table import print_evaluation
+    from quant.evaluation.divergence import PositionScores, statistics
+    from quant.evaluation.evaluate import Answers, Evaluation, Measured
+
+    draw = np.random.default_rng(0)
+    nll = draw.gamma(2, 4, (2, 50))
+    scores = PositionScores(nll[0], nll[1], draw.gamma(1, 1e-5, 50), nll[0] > 2)
+    kinds = {f"language:{i}": statistics(scores) for i in range(3)}
+    name, whole = "a-very-long-name-of-a-model-\x1b[2J-and-more.gguf", statistics(scores, kinds)
+    model = Measured(name, 123_456_789_012, 10.25, whole.ppl, whole, (0,) * 17, Answers())
+    text = {"n_positions": 50, "n_windows": 2, "n_ctx": 64, "name": "t"}
+    print_evaluation(Evaluation(model, (model, model), (), text, {"loops": None}))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "\x1b" not in "".join(lines)
+    assert any("a-very-long" in line and "…" in line for line in lines)
+
+
+def test_divergences_are_shown_as_finely_as_they_are_known():
+    from quant.evaluation.divergence import Estimate
+    from quant.evaluation.report import divergence
+
+    assert divergence(Estimate(0.0704, 0.0021)) == "0.07040 ± 0.00210"
+    assert divergence(Estimate(0.00016412, 0.0000023)) == "0.000164 ± 0.000002"
+    assert divergence(Estimate(3.3e-7, 1.2e-10)) == "0.0000003 ± 0.0000000"
+    assert divergence(Estimate(0, 0)) == "0.00000 ± 0.00000"
+
+
+def test_a_report_that_exists_is_not_replaced(report, models, tiny_qwq):
+    before = (report / "report.html").read_bytes()
+    with pytest.raises(CannotCreate, match="exists"):
+        run_command(tiny_qwq, models["Q8_0"], "-o", report)
+    assert (report / "report.html").read_bytes() == before
+
+
+def test_something_else_of_that_name_is_never_replaced(models, tiny_qwq, tmp_path):
+    (tmp_path / "report.html").write_text("my diary")
+    with pytest.raises(CannotCreate):
+        run_command(tiny_qwq, models["Q8_0"], "-o", tmp_path, "--force")
+    assert (tmp_path / "report.html").read_text() == "my diary"
+
+
+def test_json_on_stdout(models, tmp_path):
+    done = run_command(models["F32"], models["Q8_0"], "-o", tmp_path / "r", "--tokens", 600,
+                       "--context", 64, "--format", "json")  # fmt: skip
+    assert done.return_value == 0
+    assert json.loads(done.stdout)["candidates"][0]["name"] == "Q8_0.gguf"
+
+
+def test_candidates_of_the_same_name_are_told_apart(models, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copy(models["Q8_0"], tmp_path / "a" / "F32.gguf")
+    done = run_command(
+        models["F32"], models["F32"], tmp_path / "a" / "F32.gguf", "-o", tmp_path / "r",
+        "--tokens", 300, "--context", 64, "--format", "json",
+    )  # fmt: skip
+    names = [c["name"] for c in json.loads(done.stdout)["candidates"]]
+    assert names == [str(models["F32"]), str(tmp_path / "a" / "F32.gguf")]
+
+
+# --- in a browser -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1200, 500])
+def test_the_page_fits_the_window(report, tmp_path, width):
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium here: Debian's package of that name shows the page for real")
+    page = (report / "report.html").read_text()
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    script = (
+        "<script>addEventListener('load',()=>{document.title="
+        "document.documentElement.scrollWidth<=innerWidth&&"
+        "document.querySelectorAll('svg').length})</script>"
+    )
+    (tmp_path / "p.html").write_text(page.replace("</body>", script + "</body>"))
+    done = subprocess.run(
+        [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/u",
+         f"--window-size={width},900", "--dump-dom", f"file://{tmp_path}/p.html"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert re.search(r"<title>(.*?)</title>", done.stdout).group(1) == "3"
