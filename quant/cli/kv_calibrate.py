@@ -1,0 +1,63 @@
+"""qwq-quant kv-calibrate: the centre and range of every channel of K, for the int8 KV cache."""
+
+import time
+
+import click
+
+from quant.cli import options
+
+
+@click.command("kv-calibrate")
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=options.Output(),
+    help="File to write (safetensors), a few hundred kB.",
+)
+@options.calibration_options(seq_len=512, n_tokens=16384)
+@options.force
+@options.model_options
+@options.debug
+def command(model, output, calibration, n_tokens, seq_len, device, force, **where):
+    """Measure how MODEL's keys lie in each channel, for Int8Cache(config, scales=...).
+
+    Runs the checkpoint over a text, one decoder layer in memory at a time. Models with key biases
+    (Qwen2, Qwen2.5, QwQ) need the file; it costs the cache neither bytes nor time, and a poor text
+    costs accuracy, never correctness.
+
+    \b
+    Example:
+      qwq-quant kv-calibrate examples/tiny-qwq -o kv-scales.safetensors
+    \b
+    Then, in Python:
+      cache = Int8Cache(model.config, scales="kv-scales.safetensors")
+      model.generate(**inputs, past_key_values=cache)
+    """
+    from quant.architectures import find_architecture
+    from quant.cli.progress import Progress
+    from quant.display import printable
+    from quant.kv_cache.calibrate import check_scales_output, measure_kv_scales
+    from quant.kv_cache.scales import write_scales
+    from quant.source import open_checkpoint, source_files
+    from quant.texts import built_in_texts, read_texts
+
+    checkpoint = open_checkpoint(model, check_config=find_architecture, **where)
+    check_scales_output(output, force=force, sources=source_files(checkpoint))
+    texts = built_in_texts() if calibration is None else read_texts(calibration)
+    started = time.monotonic()
+
+    from quant.calibration.device import choose_device
+    from quant.calibration.streamed_model import StreamedModel
+    from quant.calibration.tokens import cut_tokens
+
+    streamed = StreamedModel(checkpoint, device=choose_device(device))
+    tokens = cut_tokens(checkpoint, texts, n_tokens, seq_len)
+    with Progress("Layers", streamed.n_layers) as bar:
+        scales = measure_kv_scales(streamed, tokens, lambda _: bar.advance())
+    write_scales(output, scales)
+    click.echo(
+        f"{printable(output)}  {len(scales.layers)} layers seen by {tokens.n_tokens} tokens of "
+        f"{printable(texts.name)}, in {time.monotonic() - started:.1f} s."
+    )
