@@ -6,7 +6,7 @@ Sizes are arithmetic on headers; what was measured comes as a Sensitivity. Nothi
 and no weights are read.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -111,10 +111,16 @@ class Plan4bit:
     @cached_property
     def extra_nbytes(self) -> dict[str, int]:
         """What keeping each group in 16 bits costs over 4 bits."""
-        return {
-            g.name: self.group_nbytes(g, is_4bit=False) - self.group_nbytes(g, is_4bit=True)
+        sizes = zip(self.groups, self.group_sizes, strict=True)
+        return {group.name: sixteen - four for group, (four, sixteen) in sizes}
+
+    @cached_property
+    def group_sizes(self) -> list[tuple[int, int]]:
+        """Bytes of each group in 4 and in 16 bits."""
+        return [
+            (self.group_nbytes(g, is_4bit=True), self.group_nbytes(g, is_4bit=False))
             for g in self.groups
-        }
+        ]
 
     def group_nbytes(self, group: Group, *, is_4bit: bool) -> int:
         shapes = [self.checkpoint.tensors[f"{name}.weight"].shape for name in group.modules]
@@ -131,6 +137,20 @@ class Plan4bit:
         return entries
 
 
+def plan_plain(checkpoint: Checkpoint, format: Bnb4bit, budget: Budget) -> Plan4bit:
+    """Everything that can be 4-bit is; `budget` is held against it, but not spent yet.
+
+    What this refuses is known before hours of measuring. Raises BadInput for a model that cannot
+    be quantized so, BadRecipe for a budget that buys nothing.
+    """
+    groups, notes = find_quantizable(checkpoint)
+    dtype = output_dtype(checkpoint)
+    plain = Plan4bit(checkpoint, format, dtype, groups, frozenset(), budget, notes=notes)
+    if budget.needs_choice:
+        _spendable(plain)
+    return plain
+
+
 def plan_4bit(
     checkpoint: Checkpoint,
     format: Bnb4bit,
@@ -144,20 +164,22 @@ def plan_4bit(
     Raises BadInput for a model that cannot be quantized so or the sensitivities of another one,
     BadRecipe for a budget that buys nothing.
     """
-    groups, notes = find_quantizable(checkpoint)
-    dtype = output_dtype(checkpoint)
-    plain = Plan4bit(checkpoint, format, dtype, groups, frozenset(), budget, notes=notes)
+    plain = plan_plain(checkpoint, format, budget)
+    groups = plain.groups
     if budget.is_plain:
         return plain
     if budget.unit == "all":
         return replace(plain, kept=frozenset(g.name for g in groups))
-    notes += tuple(check_model(sensitivity, checkpoint))
+    notes = (
+        *plain.notes,
+        *check_model(sensitivity, checkpoint),
+        *_format_note(sensitivity, format),
+    )
     values = sensitivity.values(metric)
     damage = [[values[g.name], 0.0] for g in groups]
-    sizes = [[plain.group_nbytes(g, is_4bit=four) for four in (True, False)] for g in groups]
+    sizes = plain.group_sizes
     rest = plain.nbytes - sum(four for four, _ in sizes)
-    room = _spendable(plain, budget, sizes)
-    solution = solve(damage, sizes, plain.nbytes - rest + room)
+    solution = solve(damage, sizes, plain.nbytes - rest + _spendable(plain))
     kept = [g.name for g, level in zip(groups, solution.levels, strict=True) if level == 1]
     choice = Choice(
         metric,
@@ -219,11 +241,21 @@ def output_dtype(checkpoint: Checkpoint) -> str:
     return "float16" if stated == "float16" else "bfloat16"
 
 
-def _spendable(plain: Plan4bit, budget: Budget, sizes: list[list[int]]) -> int:
+def _format_note(sensitivity: Sensitivity, format: Bnb4bit) -> list[str]:
+    """What to say if another 4-bit format was measured than will be written."""
+    measured, here = sensitivity.quantization, asdict(format)
+    differing = [
+        f"{key} {measured[key]}, not {here[key]}" for key in here if measured[key] != here[key]
+    ]
+    if not differing:
+        return []
+    return [f"the sensitivities were measured with {printable(', '.join(differing))}"]
+
+
+def _spendable(plain: Plan4bit) -> int:
     """Bytes over plain 4-bit's that may be spent. Raises BadRecipe if they buy nothing."""
-    n_weights = sum(
-        prod(plain.checkpoint.tensors[f"{m}.weight"].shape) for g in plain.groups for m in g.modules
-    )
+    budget, sizes = plain.budget, plain.group_sizes
+    n_weights = sum(sixteen for _, sixteen in sizes) // 2
     four = sum(size for size, _ in sizes)
     room = {
         "share": budget.value * plain.nbytes,
@@ -246,7 +278,7 @@ def _spendable(plain: Plan4bit, budget: Budget, sizes: list[list[int]]) -> int:
 
 
 def _curve(
-    damage: list[list[float]], sizes: list[list[int]], rest: int
+    damage: list[list[float]], sizes: list[tuple[int, int]], rest: int
 ) -> tuple[tuple[int, float], ...]:
     """The best choice at sizes from plain 4-bit to all 16-bit; `rest` is what never changes."""
     least, most = (sum(size[i] for size in sizes) for i in (0, 1))

@@ -8,12 +8,27 @@ import re
 from collections.abc import Sequence
 
 from quant import __version__
+from quant.checkpoint import Checkpoint
 from quant.display import human_bytes, printable
 from quant.dynamic_4bit import Plan4bit
 from quant.report.choice import Result
 from quant.sensitivity import METRICS
 
 _LICENSE = re.compile(r"^(license|license_name|license_link|language): *(.+)$", re.MULTILINE)
+
+MADE_WITH = (
+    f"Made with qwq-quant {__version__}; `qwq-quant.json` holds the command, versions and hashes."
+)
+
+
+LOAD_WITH_TRANSFORMERS = (
+    "```python",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    'model = AutoModelForCausalLM.from_pretrained("FOLDER", device_map="auto")',
+    'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    "```",
+    "",
+)
 
 
 def model_card(
@@ -22,44 +37,39 @@ def model_card(
     """Markdown with the hub's front matter. base_model: org/name, or None if it has none."""
     n_kept, n = len(plan.kept), len(plan.groups)
     title = "4-bit" if plan.budget.is_plain else "dynamic 4-bit"
-    name = printable(base_model or _own_name(plan))
+    name = printable(base_model or plan.checkpoint.folder.resolve().name)
     lines = [
-        *_front_matter(plan, base_model),
-        f"# {_escaped(name.rpartition('/')[2])}, {title} (bitsandbytes {plan.format.quant_type})",
+        *front_matter(plan.checkpoint, base_model, "bitsandbytes, 4-bit, dynamic-4bit"),
+        f"# {escaped(name.rpartition('/')[2])}, {title} (bitsandbytes {plan.format.quant_type})",
         "",
         f"{human_bytes(nbytes)}. {n - n_kept} of {n} groups of linear layers are 4-bit; {n_kept} "
         "stay 16-bit, and so do embeddings, norms and the output layer.",
         "",
         *_how_chosen(plan),
-        *_results(results),
+        *results_table(results),
         *_use(plan),
-        f"Made with qwq-quant {__version__}; `qwq-quant.json` holds the command, versions and "
-        "hashes.",
+        MADE_WITH,
     ]
     return "\n".join(lines) + "\n"
 
 
-def _own_name(plan: Plan4bit) -> str:
-    return plan.checkpoint.folder.resolve().name
-
-
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A name that cannot be taken for Markdown or HTML."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", text)
 
 
-def _front_matter(plan: Plan4bit, base_model: str | None) -> list[str]:
+def front_matter(checkpoint: Checkpoint, base_model: str | None, tags: str) -> list[str]:
     """Strings as JSON, which is YAML: a name from a checkpoint cannot break out."""
     lines = ["---", "library_name: transformers"]
     if base_model:
         lines += [f"base_model: {json.dumps(base_model)}", "base_model_relation: quantized"]
-    card = plan.checkpoint.read_text("README.md") or ""
+    card = checkpoint.read_text("README.md") or ""
     if card.startswith("---\n"):
         head = card[4:].partition("\n---")[0]
         for key, value in _LICENSE.findall(head):
             if re.fullmatch(r"[\w.:/-]+", value):
                 lines.append(f"{key}: {value}")
-    return [*lines, "tags: [bitsandbytes, 4-bit, dynamic-4bit, qwq-quant]", "---", ""]
+    return [*lines, f"tags: [{tags}, qwq-quant]", "---", ""]
 
 
 def _how_chosen(plan: Plan4bit) -> list[str]:
@@ -68,7 +78,7 @@ def _how_chosen(plan: Plan4bit) -> list[str]:
     s = plan.sensitivity
     text = "weights alone"
     if s.calibration:
-        text = f"{s.calibration['n_tokens']} tokens of {_escaped(printable(s.calibration['name']))}"
+        text = f"{s.calibration['n_tokens']} tokens of {escaped(printable(s.calibration['name']))}"
     metric = METRICS[plan.choice.metric]
     kept = [group.name for group in plan.groups if group.name in plan.kept]
     return [
@@ -82,7 +92,7 @@ def _how_chosen(plan: Plan4bit) -> list[str]:
     ]
 
 
-def _results(results: Sequence[Result]) -> list[str]:
+def results_table(results: Sequence[Result]) -> list[str]:
     if not results:
         return []
     lines = [
@@ -105,12 +115,7 @@ def _use(plan: Plan4bit) -> list[str]:
     if all(not t.is_4bit for t in plan.tensors):
         return []
     return [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", device_map="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        "```",
-        "",
+        *LOAD_WITH_TRANSFORMERS,
         "vLLM 0.7.3 to 0.27 loads it as it is; from 0.28 on, `pip install vllm-bnb-plugin` first.",
         "",
     ]

@@ -3,26 +3,17 @@
 It is filled under a temporary name and read back; it appears whole or not at all.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from quant import manifest
-from quant.checkpoint import CONFIG, INDEX, Checkpoint
-from quant.convert import WEIGHTS_AT_ONCE, worker_count
-from quant.display import printable
-from quant.durable import PendingFolder, write_whole
+from quant.convert import worker_count
+from quant.durable import write_whole
 from quant.dynamic_4bit import Plan4bit, PlannedTensor
-from quant.errors import BadInput
-from quant.finite import count_nonfinite
-from quant.formats import FORMATS, Float16Overflow
 from quant.groups import find_linears
 from quant.model_card import model_card
+from quant.model_folder import STORED, Source, check_room, write_folder, write_model_config
 from quant.report.choice import Result
 from quant.report.sensitivity_report import sensitivity_report
 from quant.safetensors_file import read_header
@@ -30,18 +21,11 @@ from quant.sensitivity import write_sensitivity
 from quant.sinks.safetensors import ShardedSink
 from quant.sinks.written import WrittenFile
 from quant.skip_list import check_skip_list
-from quant.source import check_unchanged, source_files
-from quant.tensors import TensorInfo, TensorReader, to_float32
+from quant.tensors import TensorReader
 
-STORED = {"bfloat16": "BF16", "float16": "F16"}
 FIGURES = "figures"
 
-OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "*.tiktoken")
-"""Small files of a model folder that go along: tokenizer, templates, settings, licences."""
-
-MAX_OTHER_NBYTES = 200_000_000
-
-Check = Callable[[Path], tuple[Result, ...]]
+Check = Callable[[Plan4bit, Path], tuple[Result, ...]]
 """Measures the written folder, before it gets its name."""
 
 
@@ -69,25 +53,30 @@ def write_4bit(
     base_model: the hub's name of the source, for the model card.
     Raises BadInput for NaN weights or a source that changed, CannotCreate or OutputFailed.
     """
-    checkpoint = plan.checkpoint
-    before = [manifest.SourceFile.of(path) for path in source_files(checkpoint)]
-    pending = PendingFolder(output, force)
-    folder = pending.temporary
-    try:
+    check_output(plan, output, force)
+    results: tuple[Result, ...] = ()
+
+    def fill(folder: Path) -> list[WrittenFile]:
+        write_config(plan, folder)  # first: it may find that no list of exceptions would do
         files = write_weights(plan, folder, progress)
-        copy_other_files(checkpoint, folder)
-        write_config(plan, folder)
         check_written(plan, folder)
-        check_unchanged(checkpoint, before)
-        results = check(folder) if check else ()
+        return files
+
+    def finish(folder: Path, files: list[WrittenFile]) -> dict:
+        nonlocal results
+        results = check(plan, folder) if check else ()
         _write_report(plan, folder, results)
         card = model_card(plan, sum(file.nbytes for file in files), results, base_model)
         write_whole(folder / "README.md", card.encode())
-        _write_manifest(plan, folder, before, files, results, command)
-        pending.publish()
-    finally:
-        pending.discard()
+        return _facts(plan, results)
+
+    files = write_folder(plan.checkpoint, output, force, command, fill, finish)
     return Written4bit(output, sum(file.nbytes for file in files), results)
+
+
+def check_output(plan: Plan4bit, output: Path, force: bool) -> None:
+    """Raise CannotCreate or OutputFailed if what is planned cannot be written there."""
+    check_room(output, plan.nbytes, force)
 
 
 # --- weights ----------------------------------------------------------------------------------
@@ -102,7 +91,7 @@ def write_weights(
     try:
         with TensorReader() as reader, ThreadPoolExecutor(worker_count()) as pool:
             for tensor in plan.tensors:
-                source = _Source(tensors[tensor.name], reader, plan.dtype)
+                source = Source(tensors[tensor.name], reader, plan.dtype)
                 if tensor.is_4bit:
                     encoded = plan.format.encode_rows(
                         source.read_float32, tensor.shape, plan.dtype, map=pool.map
@@ -130,59 +119,7 @@ def _parts(plan: Plan4bit, tensor: PlannedTensor) -> Iterator[tuple[str, str, tu
         yield _part_name(tensor.name, suffix), dtype, shape
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A stored tensor, read as the output's 16-bit type: what quantizing on load would see."""
-
-    info: TensorInfo
-    reader: TensorReader
-    dtype: str
-
-    def read_float32(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop), finite. Raises BadInput."""
-        return to_float32(self.read_16bit(start, stop), STORED[self.dtype])
-
-    def read_16bit(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop): bfloat16 as its bits in uint16, or float16. Raises BadInput."""
-        stored = STORED[self.dtype]
-        if self.info.dtype == stored:
-            rows = self.reader.read_stored(self.info, start, stop)
-        else:
-            w = self.reader.read_float32(self.info, start, stop)
-            try:
-                rows = FORMATS[stored].encode(w)[""].view(np.uint16).reshape(w.shape)
-            except Float16Overflow:
-                raise BadInput(
-                    f"{printable(self.info.name)} has weights that float16 cannot hold.",
-                    'They are beyond 65504, but config.json says "float16".',
-                    'Set "dtype": "bfloat16" in a copy of the model\'s config.json.',
-                ) from None
-            rows = rows.view(np.float16) if stored == "F16" else rows
-        if n_bad := count_nonfinite(rows, stored):
-            raise BadInput(
-                f"{printable(self.info.name)} has {n_bad} NaN or infinite weights, the first in "
-                f"rows {start} to {stop - 1}.",
-                "A model with such weights gives NaN for every text.",
-                "Download the checkpoint again, or ask its maker.",
-            )
-        return rows
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The whole tensor, a few rows at a time."""
-        n_rows = max(1, 4 * WEIGHTS_AT_ONCE // self.info.n_columns)
-        for start in range(0, self.info.n_rows, n_rows):
-            yield self.read_16bit(start, min(start + n_rows, self.info.n_rows))
-
-
 # --- everything else --------------------------------------------------------------------------
-
-
-def copy_other_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """The tokenizer and whatever else is small; not the weights, their index or the card."""
-    names = {p.name for pattern in OTHER_FILES for p in checkpoint.folder.glob(pattern)}
-    for name in sorted(names - {CONFIG, INDEX, manifest.NAME, "sensitivity.json"}):
-        if (content := checkpoint.read_bytes(name)) is not None:
-            write_whole(folder / name, content)
 
 
 def quantization_config(plan: Plan4bit) -> dict:
@@ -205,12 +142,10 @@ def quantization_config(plan: Plan4bit) -> dict:
 
 
 def write_config(plan: Plan4bit, folder: Path) -> None:
-    """config.json of the source with the quantization added; the type under both its names."""
-    config = {k: v for k, v in plan.checkpoint.config.items() if k != "quantization_config"}
-    config |= {"dtype": plan.dtype, "torch_dtype": plan.dtype}  # transformers 5 reads one, 4 both
-    if any(t.is_4bit for t in plan.tensors):
-        config["quantization_config"] = quantization_config(plan)
-    write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    """config.json of the source, with the quantization added if there is any."""
+    any_4bit = any(t.is_4bit for t in plan.tensors)
+    quantization = quantization_config(plan) if any_4bit else None
+    write_model_config(plan.checkpoint, plan.dtype, quantization, folder)
 
 
 def check_written(plan: Plan4bit, folder: Path) -> None:
@@ -232,41 +167,10 @@ def _write_report(plan: Plan4bit, folder: Path, results: tuple[Result, ...]) -> 
         write_whole(folder / FIGURES / name, content)
 
 
-def _write_manifest(
-    plan: Plan4bit,
-    folder: Path,
-    sources: list[manifest.SourceFile],
-    files: list[WrittenFile],
-    results: tuple[Result, ...],
-    command: tuple[str, ...],
-) -> None:
-    tensors = {t.entry.name: t for file in files for t in file.tensors}
-    entry = {
-        "command": list(command),
-        "source": {
-            "model": plan.checkpoint.name,
-            "revision": plan.checkpoint.revision,
-            "files": [asdict(file) for file in sources],
-        },
+def _facts(plan: Plan4bit, results: tuple[Result, ...]) -> dict:
+    """What the manifest says about the choice and its outcome."""
+    return {
         "type": f"{plan.format.quant_type}, {len(plan.kept)} of {len(plan.groups)} groups 16-bit",
         "kept": sorted(plan.kept),
         "results": [asdict(result) for result in results],
-        "files": list(_hashed(folder, {file.path.name: file for file in files})),
-        "tensors": {
-            name: {"type": t.entry.type, "xxh3_128": t.xxh3_128} for name, t in tensors.items()
-        },
-        **manifest.environment(),
     }
-    manifest.write_for_folder(folder, entry)
-
-
-def _hashed(folder: Path, weights: dict[str, WrittenFile]) -> Iterator[dict]:
-    """Every file with its sha256; that of the weights is known already."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name in weights:
-            yield {"name": name, "nbytes": weights[name].nbytes, "sha256": weights[name].sha256}
-        else:
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            yield {"name": name, "nbytes": len(content), "sha256": digest}

@@ -2,7 +2,7 @@
 
     python scripts/make_checkpoint.py OUT --size 0.5b --shards 4
 
-The sizes are Qwen2.5's own. The vocabulary has as many tokens and merges as the real one (made up
+The sizes are Qwen2.5's own, but for 2b. The vocabulary has as many tokens and merges as the real one (made up
 by joining tokens of examples/tiny-qwq), so that reading it costs what it costs in life.
 """
 
@@ -19,6 +19,7 @@ SIZES = {  # hidden, intermediate, layers, heads, key-value heads, tied embeddin
     "tiny": (896, 1024, 2, 14, 2, True),
     "0.5b": (896, 4864, 24, 14, 2, True),
     "1.5b": (1536, 8960, 28, 12, 2, True),
+    "2b": (2048, 11008, 18, 16, 2, False),  # Qwen2.5-3B's layers, half of them
     "3b": (2048, 11008, 36, 16, 2, True),
     "7b": (3584, 18944, 28, 28, 4, False),
 }

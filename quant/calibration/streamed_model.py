@@ -11,6 +11,7 @@ own forward too: it is run once over recorders in place of the layers. So a new 
 a change in transformers, needs no code here, and the result agrees with the whole model's.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,7 @@ class StreamedModel:
         for i in reversed(order) if backwards else order:
             yield self._load(i, seq_len)
             self._layers[i].to("meta")
+            _give_back_memory()
 
     def _load(self, index: int, seq_len: int) -> StreamedLayer:
         prefix = f"model.layers.{index}."
@@ -223,6 +225,13 @@ class StreamedModel:
             stop = min(start + n_rows, self.n_vocab)
             rows = self.weights.read_rows(self.head_name, start, stop)
             yield start, rows.to(self.device, self.dtype)
+
+
+def _give_back_memory() -> None:
+    """What was freed, to the system. glibc keeps it, in holes that are too small for the next layer:
+    over the 24 layers of a 0.5-billion model the process grew from 0.8 to 1.7 GB."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
+        trim(0)
 
 
 class _Recorder(nn.Module):

@@ -43,24 +43,34 @@ class Weights(Protocol):
 
 
 class StoredTensors:
-    """Tensors as they are stored, in 16, 32 or FP8 bits. Safe to use from several threads."""
+    """Tensors as they are stored, in 16, 32 or FP8 bits. Safe to use from several threads.
+
+    Experts that are stored one by one can be had as transformers 5 has them: one parameter.
+    """
 
     def __init__(self, tensors: dict[str, TensorInfo]):
         self._tensors = tensors
         self._reader = TensorReader()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        return self._tensors[name].shape if name in self._tensors else None
+        if name in self._tensors:
+            return self._tensors[name].shape
+        if not (experts := self._experts(name)):
+            return None
+        first = [self._tensors[part].shape for part in experts[0]]
+        return (len(experts), sum(shape[0] for shape in first), first[0][1])
 
     def read(self, name: str) -> torch.Tensor:
         """Raises BadInput if the tensor is missing, cannot be read, or holds NaN or infinity."""
-        if name not in self._tensors:
+        if name in self._tensors:
+            info = self._tensors[name]
+            return self.read_rows(name, 0, info.n_rows).reshape(info.shape)
+        if not (experts := self._experts(name)):
             raise BadInput(
                 f"The checkpoint has no {printable(name)}.",
                 "The model that config.json describes needs it.",
             )
-        info = self._tensors[name]
-        return self.read_rows(name, 0, info.n_rows).reshape(info.shape)
+        return torch.stack([torch.cat([self.read(part) for part in e]) for e in experts])
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop), (stop - start, n_columns)."""
@@ -74,26 +84,6 @@ class StoredTensors:
             _require_finite(info.name, rows)
         return rows
 
-
-class CheckpointWeights(StoredTensors):
-    """The weights of a checkpoint; experts that it stores one by one as transformers 5 has them."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        super().__init__(checkpoint.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        if name in self._tensors or not (experts := self._experts(name)):
-            return super().shape(name)
-        first = [super(CheckpointWeights, self).shape(part) for part in experts[0]]
-        return (len(experts), sum(shape[0] for shape in first), first[0][1])
-
-    def read(self, name: str) -> torch.Tensor:
-        if name in self._tensors or not (experts := self._experts(name)):
-            return super().read(name)
-        return torch.stack(
-            [torch.cat([super(CheckpointWeights, self).read(part) for part in e]) for e in experts]
-        )
-
     def _experts(self, name: str) -> list[list[str]]:
         """The stored names of `...mlp.experts.gate_up_proj` or `.down_proj`, by expert."""
         before, found, part = name.partition(_EXPERTS)
@@ -106,6 +96,13 @@ class CheckpointWeights(StoredTensors):
                 break
             experts.append(names)
         return experts
+
+
+class CheckpointWeights(StoredTensors):
+    """The weights of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__(checkpoint.tensors)
 
 
 class ChangedWeights:

@@ -151,7 +151,7 @@ class Bnb4bit:
         work.run(map, work.search if self.search_scales else work.encode)
         parts = self._encode_absmax(work.absmax, shape, dtype)
         if self.search_scales:
-            work.absmax = self._decode_absmax(parts)
+            work.absmax = self.decode_scales(parts)
             work.run(map, work.assign)
         return {"": work.packed.reshape(-1, 1), **parts}
 
@@ -166,8 +166,18 @@ class Bnb4bit:
         self._check_parts(parts, shape)
         w = np.empty(prod(shape), np.float32)
         packed, quant_map = parts[""].reshape(-1), parts["quant_map"]
-        _kernels().decode_blocks(packed, self.blocksize, quant_map, self._decode_absmax(parts), w)
+        _kernels().decode_blocks(packed, self.blocksize, quant_map, self.decode_scales(parts), w)
         return _rounded(w, self._read_state(parts)["dtype"]).reshape(shape)
+
+    def with_levels(self, parts: Encoded, levels: np.ndarray) -> Encoded:
+        """The same scales with other codes. levels: uint8 (rows, columns), 0 for the lowest."""
+        codes = ASCENDING[self.quant_type][levels.reshape(-1)]
+        if codes.size % 2:
+            codes = np.append(codes, parts[""].reshape(-1)[-1] & 15)
+        packed = codes[::2] << 4 | codes[1::2]
+        if packed.size != parts[""].size:
+            raise ValueError(f"{levels.shape} levels for {parts[''].size} bytes of codes")
+        return {**parts, "": packed.reshape(-1, 1)}
 
     def _check_parts(self, parts: Encoded, shape: tuple[int, ...]) -> None:
         """Kernels check no bounds. The JSON alone may differ in length from the bound."""
@@ -196,8 +206,9 @@ class Bnb4bit:
         parts[self._state_name] = np.frombuffer(state, np.uint8).copy()
         return parts
 
-    def _decode_absmax(self, parts: Encoded) -> np.ndarray:
-        """float32 (n_blocks,): nested_quant_map[code] * nested_absmax + offset, rounded twice."""
+    def decode_scales(self, parts: Encoded) -> np.ndarray:
+        """float32 (n_blocks,), as decoded: nested_quant_map[code] * nested_absmax + offset, rounded
+        twice."""
         if not self.double_quant:
             return parts["absmax"]
         absmax = parts["nested_quant_map"][parts["absmax"]]

@@ -11,11 +11,13 @@ The sum over tokens of |dw x|^2 is the trace of dw X dw^T, X = sum x x^T being t
 moments; it is summed at the outputs, which needs no n x n matrix (3 GB for QwQ-32B's down_proj).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from quant.calibration.hidden_states import HiddenStates
@@ -80,7 +82,7 @@ def measure_local_errors(
         if tokens is None:
             progress(1)
             continue
-        with layer.watched(_activation_hook(errors, layer, w_hat)):
+        with _adding_activation_errors(errors, layer, w_hat):
             layer.run(hidden, after)
         if with_block:
             for group in of_layer:
@@ -112,16 +114,28 @@ def _add_weight_errors(
         errors.weight[name].add(w - rounded_weight, w)
 
 
-def _activation_hook(errors: LocalErrors, layer: StreamedLayer, w_hat: dict[str, torch.Tensor]):
+@contextmanager
+def _adding_activation_errors(
+    errors: LocalErrors, layer: StreamedLayer, w_hat: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """While it is open, the errors of whatever the linears compute are added up."""
     linears = layer.linears
 
-    def add(name: str, x: torch.Tensor) -> None:
-        if name in w_hat:
-            w = linears[name].weight.data
-            ratio = errors.activation.setdefault(name, Ratio())
-            ratio.add(F.linear(x, w - w_hat[name]), F.linear(x, w))
+    def add(name: str):
+        ratio = errors.activation.setdefault(name, Ratio())
 
-    return add
+        def hook(linear: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
+            wx = output if linear.bias is None else output - linear.bias
+            ratio.add(F.linear(inputs[0], linear.weight - w_hat[name]), wx)
+
+        return hook
+
+    handles = [linears[name].register_forward_hook(add(name)) for name in w_hat]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Better roundings: arrays in, arrays out; no files, no models."""
