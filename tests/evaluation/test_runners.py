@@ -224,3 +224,22 @@ def test_remote_code_is_never_run(tiny_qwq, tmp_path):
     with pytest.raises(QwqQuantError):
         open_runner(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_is_4_bit_in_part(tiny_qwq, tmp_path):
+    """Its 16-bit linears stay bfloat16 however it is loaded; the rest computes in float32 here."""
+    from dataclasses import replace
+
+    from quant.checkpoint import Checkpoint
+    from quant.dynamic_4bit import Budget, plan_4bit
+    from quant.formats.nf4 import Bnb4bit
+    from quant.write_4bit import write_4bit
+
+    plan = plan_4bit(Checkpoint.open(tiny_qwq), Bnb4bit(), Budget("share", 0.0))
+    plan = replace(plan, kept=frozenset({"model.layers.0.mlp.down_proj"}))
+    write_4bit(plan, tmp_path / "mixed")
+    inputs = np.arange(16, dtype=np.int32)[None]
+    with open_runner(tmp_path / "mixed") as mixed, open_runner(tiny_qwq) as whole:
+        found, exact = (next(runner.logits(inputs, 8)) for runner in (mixed, whole))
+    assert found.shape == exact.shape
+    assert 0 < np.abs(found - exact).max() < 0.2 * np.abs(exact).max()

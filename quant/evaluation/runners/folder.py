@@ -158,4 +158,7 @@ def _load(folder: Path, device: torch.device):
         if hasattr(module, "compute_dtype"):  # bitsandbytes: what its layers compute in
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+    for parameter in model.parameters():  # the 16-bit linears of a 4-bit folder stay as stored
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model.eval()
