@@ -96,7 +96,7 @@ def _damaged(path: Path, why: str) -> BadInput:
     return BadInput(
         f"{printable(path)} is no usable importance matrix.",
         f"{why}.",
-        "Download it again, or make one with llama.cpp's llama-imatrix.",
+        "Download it again, or make one: qwq-quant imatrix MODEL -o FILE",
     )
 
 
@@ -126,7 +126,7 @@ def _check_values(path: Path, name: str, values: np.ndarray) -> None:
             + ", ".join(f"{n} {what}" for what, n in counts.items() if n)
             + ".",
             "Something overflowed in the calibration run, or the file is damaged. "
-            "Make another with llama.cpp's llama-imatrix.",
+            "Make another: qwq-quant imatrix MODEL -o FILE",
         )
 
 
@@ -140,7 +140,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         raise BadInput(
             f"{printable(path)} is a GGUF file, but no importance matrix.",
             f'Its general.type is "{printable(kind.data)}" instead of "imatrix".',
-            "Make one from the model with llama.cpp's llama-imatrix.",
+            "Make one: qwq-quant imatrix MODEL -o FILE",
         )
     n_chunks = _required(gguf, "imatrix.chunk_count", "u32")
     chunk_size = _required(gguf, "imatrix.chunk_size", "u32")
@@ -388,7 +388,7 @@ def match_importance(
         raise BadInput(
             f"{where} is the importance matrix of another model.",
             f"It knows {_some(matrix.values)}; the model's tensors are {_some(shapes)}.",
-            "Make one from this model with llama.cpp's llama-imatrix.",
+            "Make one from this model: qwq-quant imatrix MODEL -o FILE",
         )
     found = {}
     for name, shape in shapes.items():
@@ -443,7 +443,7 @@ def _other_shape(matrix: ImportanceMatrix, name: str, shape: tuple[int, ...]) ->
         f"{printable(matrix.path_name)} is the importance matrix of another model.",
         f"It has {length(*matrix.values[name].shape)} values for {printable(name)}, whose inputs "
         f"are {length(prod(shape[:-2]), shape[-1])}.",
-        "Make one from this model with llama.cpp's llama-imatrix.",
+        "Make one from this model: qwq-quant imatrix MODEL -o FILE",
     )
 
 
@@ -458,7 +458,7 @@ def _notes_on_tokens(matrix: ImportanceMatrix, found: dict[str, np.ndarray]) -> 
             f"{printable(matrix.path_name)} was made from too few tokens.",
             f"{printable(least)} saw {dense[least]}; {MIN_TOKENS} are the least, "
             f"{ENOUGH_TOKENS} the least that makes sense.",
-            "Make one from a longer text with llama.cpp's llama-imatrix.",
+            "Make one from a longer text: qwq-quant imatrix MODEL --calibration TEXT -o FILE",
         )
     if least is not None and dense[least] < ENOUGH_TOKENS:
         notes.append(

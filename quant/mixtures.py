@@ -12,13 +12,13 @@ choice carries its reason, for the printed plan.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from quant.assembly import Assembly
 from quant.display import printable
 from quant.errors import BadRecipe
-from quant.formats import FORMATS
+from quant.formats import FORMATS, i_quants
 from quant.gguf_file import Metadata
 from quant.plan import Assignment
 
@@ -71,6 +71,10 @@ MIXTURES = {
         Mixture("IQ1_S", 24, "IQ1_S"),
     )
 }
+
+MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "IQ2_S": "IQ2_M"}
+"""The file type of a file that is mostly of one format, where it is not of the same name. What
+llama.cpp takes a file for that does not say. # ref: llama_model_loader in llama-model-loader.cpp"""
 
 NEAR_2_BITS = ("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """Mixtures with a rule book of their own."""
@@ -246,11 +250,28 @@ def assign_formats(
     return [Assignment(t, *_choose(t, mixture, places.get(t.name), tied, choices)) for t in tensors]
 
 
+def left_open(tensors: list[Assembly], choices: Choices) -> set[str]:
+    """The names of the tensors whose formats neither their kind nor the user has decided."""
+    tied = all(t.name != "output.weight" for t in tensors)
+    return {
+        t.name for t in tensors if _is_quantized(t) and _by_hand(t.name, tied, choices)[0] is None
+    }
+
+
+def mostly(assignments: Iterable[Assignment]) -> Mixture:
+    """The file type that says which format most weights are in."""
+    n_weights: dict[str, int] = {}
+    for a in assignments:
+        n_weights[a.format.name] = n_weights.get(a.format.name, 0) + a.source.n_weights
+    name = max(n_weights, key=n_weights.__getitem__)
+    return MIXTURES[MOSTLY.get(name, name)]
+
+
 def needs_importance(assignment: Assignment, mixture: Mixture) -> bool:
     """Whether llama.cpp refuses this choice without an importance matrix."""
-    if assignment.name in ("token_embd.weight", "output.weight"):
-        return False
     name = assignment.format.name
+    if assignment.name in ("token_embd.weight", "output.weight"):
+        return name in i_quants.NEEDS_IMPORTANCE
     return name in NEEDS_IMPORTANCE or (name == "Q2_K" and mixture.name == "Q2_K_S")
 
 

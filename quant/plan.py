@@ -9,7 +9,7 @@ from quant.assembly import Assembly
 from quant.formats.format import Format
 from quant.gguf_file import DEFAULT_ALIGNMENT, padded
 
-_LAYER = re.compile(r"\bblk\.\d+\.")
+_LAYER = re.compile(r"\bblk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Assignment:
     format: Format
     rule: str  # why this format, in words
     importance: np.ndarray | None = None  # float32 (n_matrices, n_columns), from an imatrix
+    error: float | None = None  # relative squared error of its output, where that decided
     is_copy: bool = False  # bytes of a GGUF file that pass as they are
 
     def importance_of(self, row: int) -> np.ndarray | None:
@@ -48,6 +49,7 @@ class TensorClass:
     n_tensors: int
     n_weights: int
     nbytes: int
+    layers: tuple[int, ...] = ()  # where measured errors chose the format, and so no pattern does
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,16 +90,28 @@ class Plan:
         for a in self.assignments:
             kind = _LAYER.sub("blk.*.", a.name)
             kinds.setdefault(kind, len(kinds))
-            folded.setdefault((kind, a.source.dtype, a.format.name, a.rule), []).append(a)
+            rule = a.rule if a.error is None else None
+            folded.setdefault((kind, a.source.dtype, a.format.name, rule), []).append(a)
         return [
             TensorClass(
-                *key,
+                *key[:3],
+                rule=_range_of_errors(group) if key[3] is None else key[3],
                 n_tensors=len(group),
                 n_weights=sum(a.source.n_weights for a in group),
                 nbytes=sum(a.nbytes for a in group),
+                layers=_layers(group) if key[3] is None else (),
             )
             for key, group in sorted(folded.items(), key=lambda item: kinds[item[0][0]])
         ]
+
+
+def _range_of_errors(group: list[Assignment]) -> str:
+    least, most = (f"{pick(a.error for a in group):.2g}" for pick in (min, max))
+    return f"error {least}" if least == most else f"error {least} to {most}"
+
+
+def _layers(group: list[Assignment]) -> tuple[int, ...]:
+    return tuple(int(match[1]) for a in group if (match := _LAYER.search(a.name)))
 
 
 TENSOR_ENTRY_NBYTES = 128

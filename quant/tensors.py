@@ -82,7 +82,9 @@ def e4m3_values() -> np.ndarray:
 def to_float32(stored: np.ndarray, dtype: str) -> np.ndarray:
     """Stored values as float32, exactly; always a fresh array for F32 too."""
     if dtype == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        bits = stored.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     if dtype == "F8_E4M3":
         return e4m3_values()[stored]
     return stored.astype(np.float32)

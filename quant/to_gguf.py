@@ -1,6 +1,7 @@
 """From a MODEL and the user's wishes to a planned GGUF file.
 
-Everything is decided here, from headers alone, and returned as data; write_gguf.py carries it out.
+Everything is decided here and returned as data; write_gguf.py carries it out. Headers suffice for
+that, except where a target size is to be met: then weights are encoded to measure their errors.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,17 @@ from quant.checkpoint import Checkpoint
 from quant.display import human_bytes, printable
 from quant.errors import BadInput, BadRecipe, InputMissing, UsageError
 from quant.formats.format import Format
-from quant.gguf_file import GGML_TYPES, GgufFile, Metadata, Value, metadata_nbytes_at_most
+from quant.formats.refined import refined
+from quant.gguf_file import (
+    GGML_TYPES,
+    GgufFile,
+    Metadata,
+    TensorEntry,
+    Value,
+    encode_header,
+    encode_metadata,
+    metadata_nbytes_at_most,
+)
 from quant.importance import importance_metadata, match_importance, read_importance
 from quant.metadata import QUANTIZATION_VERSION, general_metadata
 from quant.metadata_checks import check_metadata
@@ -28,6 +39,8 @@ from quant.mixtures import (
     Mixture,
     Model,
     assign_formats,
+    left_open,
+    mostly,
     needs_importance,
 )
 from quant.overrides import apply_overrides, shorthand_overrides
@@ -35,11 +48,15 @@ from quant.plan import Assignment, Plan
 from quant.rope import rope_overrides, without_scaling
 from quant.sampling import read_profile, sampling_from_generation_config
 from quant.source import Source
+from quant.target_size import Progress, Target, choose_formats
 from quant.tensors import WEIGHT_DTYPES
 from quant.vocabulary import read_vocabulary
 from quant.vocabulary.pre_tokenizers import check_name
 
 DEFAULT_TYPE = "Q8_0"
+
+UNDECIDED = MIXTURES["BF16"]
+"""Stands for the formats that a target size will choose, until it has."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,8 @@ class Wishes:
     max_file_nbytes: int | None = None
     choices: Choices = field(default_factory=Choices)
     imatrix: Path | None = None
+    target: Target | None = None  # instead of a type
+    refine: bool = False  # slower encoders, lower errors, the same formats
 
 
 @dataclass(frozen=True)
@@ -75,21 +94,79 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def plan_gguf(source: Source, wishes: Wishes) -> Job:
-    """Decide every tensor's format and every metadata key. Reads headers and JSON, no weights.
+def plan_gguf(
+    source: Source, wishes: Wishes, measuring: Progress = lambda done, total: None
+) -> Job:
+    """Decide every tensor's format and every metadata key.
 
+    Reads headers and JSON, and no weights unless a target size is wished for: that reads and
+    encodes a sample of every tensor, and calls `measuring` after each.
     Raises BadInput, BadRecipe or UsageError; nothing has been written then.
     """
+    _refuse_contradictions(wishes)
     job = (
         _plan_gguf_copy(source, wishes)
         if isinstance(source, GgufFile)
         else _plan_checkpoint(source, wishes)
     )
-    return _with_wishes(job, wishes)
+    job = _with_wishes(job, wishes)
+    if wishes.target is not None:
+        job = _meet_target(job, wishes, measuring)
+    return replace(job, notes=(*job.notes, *_too_large(job.plan)))
+
+
+def _refuse_contradictions(wishes: Wishes) -> None:
+    """Raise UsageError for wishes that cannot both come true."""
+    if wishes.target is None:
+        return
+    given = {"--type": wishes.type_name, "--pure": wishes.choices.pure}
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                f"{option} and a target size exclude each other.",
+                "A target size chooses the format of every tensor.",
+                "Leave one out. Single tensors can be given a format with --tensor-type.",
+            )
+
+
+def _meet_target(job: Job, wishes: Wishes, measuring: Progress) -> Job:
+    """The job with formats that make it as large as the target, and its type named accordingly."""
+    tensors = [a.source for a in job.plan.assignments]
+    architecture = job.metadata["general.architecture"].data
+    used = job.metadata.get(f"{architecture}.expert_used_count")
+    plan, notes = choose_formats(
+        job.plan,
+        left_open(tensors, wishes.choices),
+        wishes.target,
+        header_nbytes=_header_nbytes(job),
+        n_experts_used=used.data if used is not None and used.type == "u32" and used.data else 1,
+        encoder=_refined if wishes.refine else lambda format: format,
+        progress=measuring,
+    )
+    metadata = dict(job.metadata)
+    if not any(text.startswith("general.file_type=") for text in wishes.overrides):
+        metadata["general.file_type"] = Value("u32", mostly(plan.assignments).file_type)
+    return replace(
+        job,
+        plan=plan,
+        metadata=metadata,
+        type_name=f"{plan.bits_per_weight:.2f}bpw",
+        notes=(*job.notes, *notes),
+    )
+
+
+def _header_nbytes(job: Job) -> int:
+    """Bytes of the file before its tensors, exactly: formats are numbers of a fixed size.
+
+    Of a file that is split, the first part's; the others add some hundred bytes each.
+    """
+    entries = [TensorEntry(a.name, a.source.shape, "F32", 0) for a in job.plan.assignments]
+    encoded = encode_metadata(job.metadata)
+    return len(encode_header(encoded, len(job.metadata), entries, job.plan.alignment))
 
 
 def _plan_checkpoint(checkpoint: Checkpoint, wishes: Wishes) -> Job:
-    mixture = MIXTURES[wishes.type_name or DEFAULT_TYPE]
+    mixture = MIXTURES[wishes.type_name or DEFAULT_TYPE] if wishes.target is None else UNDECIDED
     config = checkpoint.config
     architecture = find_architecture(config)
     size = read_dimensions(architecture, config)
@@ -124,21 +201,45 @@ def _assign(
     matrix = None if wishes.imatrix is None else read_importance(wishes.imatrix)
     choices = replace(wishes.choices, has_importance=matrix is not None)
     assignments = assign_formats(tensors, mixture, Model.from_metadata(metadata), choices)
+    if wishes.refine:
+        assignments = _with_refined_encoders(assignments, wishes)
     needed = {a.name for a in assignments if needs_importance(a, mixture)}
     if matrix is None:
         if needed:
             raise BadRecipe(
-                f"{mixture.name} needs an importance matrix for {len(needed)} tensors, such as "
-                f"{printable(min(needed))}.",
+                f"{wishes.type_name or 'A --tensor-type'} needs an importance matrix for "
+                f"{len(needed)} tensors, such as {printable(min(needed))}.",
                 "Without knowing which weights matter, so few bits leave nothing of the model.",
-                "Give one with --imatrix FILE (llama.cpp's llama-imatrix makes them), or choose a "
-                "larger type.",
+                "Give one with --imatrix FILE (qwq-quant imatrix MODEL -o FILE makes them), or "
+                "choose a larger type.",
             )
         return assignments, {}, []
-    shapes = {a.name: a.source.shape for a in assignments if a.format.block_size > 1}
+    undecided = set() if wishes.target is None else left_open(tensors, choices)
+    shapes = {
+        a.name: a.source.shape
+        for a in assignments
+        if a.format.block_size > 1 or a.name in undecided
+    }
     values, notes = match_importance(matrix, shapes, needed)
     assignments = [replace(a, importance=values.get(a.name)) for a in assignments]
     return assignments, importance_metadata(matrix), notes
+
+
+def _with_refined_encoders(assignments: list[Assignment], wishes: Wishes) -> list[Assignment]:
+    """Raises UsageError if no format has one, and none is still to be chosen."""
+    if wishes.target is None and all(refined(a.format) is None for a in assignments):
+        names = sorted({a.format.name for a in assignments})
+        raise UsageError(
+            "--refine would change nothing.",
+            f"There is no longer search for {' and '.join(names)}.",
+            "Leave it out.",
+        )
+    return [replace(a, format=_refined(a.format)) for a in assignments]
+
+
+def _refined(format: Format) -> Format:
+    """The format with the encoder that makes the smallest errors."""
+    return refined(format) or format
 
 
 def model_name(checkpoint: Checkpoint) -> str:
@@ -156,15 +257,15 @@ def _plan_gguf_copy(gguf: GgufFile, wishes: Wishes) -> Job:
     tensors = [
         Assembly(info.name, info.shape, (Piece.whole(info),)) for info in gguf.tensors.values()
     ]
-    if wishes.type_name is None:
+    if wishes.type_name is None and wishes.target is None:
         _refuse_idle_choices(wishes)
         copies = [
             Assignment(t, _stored_format(t), "copied as it is", is_copy=True) for t in tensors
         ]
         type_name, notes = _main_type(tensors), []
     else:
-        mixture = MIXTURES[wishes.type_name]
-        _refuse_requantizing(gguf, mixture.name)
+        mixture = UNDECIDED if wishes.type_name is None else MIXTURES[wishes.type_name]
+        _refuse_requantizing(gguf)
         copies, more, notes = _assign(tensors, mixture, metadata, wishes)
         metadata, type_name = {**metadata, **more}, mixture.name
         metadata["general.file_type"] = Value("u32", mixture.file_type)
@@ -182,13 +283,14 @@ def _refuse_idle_choices(wishes: Wishes) -> None:
         "--embedding-type": choices.embedding_type,
         "--tensor-type": choices.tensor_types,
         "--pure": choices.pure,
+        "--refine": wishes.refine,
     }
     given = [option for option, value in idle.items() if value]
     if given:
         raise UsageError(
             f"{', '.join(given)} would change nothing.",
-            "Without --type, the tensors of a GGUF file are copied as they are.",
-            "Add --type, or leave the option out.",
+            "Without a type, the tensors of a GGUF file are copied as they are.",
+            "Add --type or a target size, or leave the option out.",
         )
 
 
@@ -205,14 +307,14 @@ def _main_type(tensors: list[Assembly]) -> str:
     return max(weights, key=weights.__getitem__)
 
 
-def _refuse_requantizing(gguf: GgufFile, type_name: str) -> None:
+def _refuse_requantizing(gguf: GgufFile) -> None:
     quantized = [i for i in gguf.tensors.values() if i.dtype not in WEIGHT_DTYPES]
     if quantized:
         raise BadInput(
             f"{printable(gguf.path)} is quantized already: {printable(quantized[0].name)} is "
             f"{quantized[0].dtype}.",
-            f"Encoding it again as {type_name} would add one loss to another.",
-            "Start from the 16-bit model, or leave --type out to copy the tensors as they are.",
+            "Encoding it again would add one loss to another.",
+            "Start from the 16-bit model, or leave the type out to copy the tensors as they are.",
         )
 
 
@@ -260,9 +362,7 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
         max_file_nbytes=wishes.max_file_nbytes,
         header_nbytes=metadata_nbytes_at_most(metadata),
     )
-    return replace(
-        job, plan=plan, metadata=metadata, notes=(*job.notes, *warnings, *_too_large(plan))
-    )
+    return replace(job, plan=plan, metadata=metadata, notes=(*job.notes, *warnings))
 
 
 def _too_large(plan: Plan) -> list[str]:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from quant import manifest
 from quant.convert import Change, Progress, convert
-from quant.display import printable
 from quant.durable import undisturbed
-from quant.errors import BadInput
 from quant.gguf_file import MAGIC, TensorEntry, Value, split_paths
 from quant.output_file import check_output_file
 from quant.preflight import Needs

@@ -2,8 +2,9 @@
 
     python scripts/make_checkpoint.py OUT --size 0.5b --shards 4
 
-The sizes are Qwen2.5's own, but for 2b. The vocabulary has as many tokens and merges as the real one (made up
-by joining tokens of examples/tiny-qwq), so that reading it costs what it costs in life.
+The sizes are Qwen2.5's own, but for 2b. The vocabulary has as many tokens and merges as the real
+one (made up by joining tokens of examples/tiny-qwq), so that reading it costs what it costs in
+life.
 """
 
 import argparse
@@ -70,10 +71,12 @@ def write_weights(folder: Path, size: str, n_shards: int, seed: int) -> None:
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
-        if filled >= total * len(groups) / n_shards and len(groups) < n_shards:
+        nbytes = 2 * int(np.prod(shape))
+        if groups[-1] and filled + nbytes > total / n_shards and len(groups) < n_shards:
             groups.append([])
+            filled = 0
         groups[-1].append(name)
-        filled += 2 * int(np.prod(shape))
+        filled += nbytes
     weight_map = {}
     for i, names in enumerate(groups):
         shard = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"

@@ -20,13 +20,17 @@ from quant.errors import QwqQuantError
 COMMANDS = {
     "to-gguf": "quant.cli.to_gguf",
     "dynamic-4bit": "quant.cli.dynamic_4bit",
+    "gptq": "quant.cli.gptq",
     "evaluate": "quant.cli.evaluate",
     "inspect": "quant.cli.inspect",
     "doctor": "quant.cli.doctor",
     "fix": "quant.cli.fix",
     "runtime": "quant.cli.runtime",
+    "chat": "quant.cli.chat",
     "recipes": "quant.cli.recipes",
     "imatrix": "quant.cli.imatrix",
+    "kv-calibrate": "quant.cli.kv_calibrate",
+    "profile": "quant.cli.profile",
     "measure": "quant.cli.measure",
     "plot": "quant.cli.plot",
 }

@@ -1,11 +1,13 @@
 """qwq-quant dynamic-4bit: a bitsandbytes folder whose sensitive layers stay 16-bit."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from quant.cli import options
+from quant.cli.mending import mend, mending_options
 
 FOR_THE_FIGURES = {"weight", "activation"}
 """Measured besides the metric that chooses; they cost next to nothing."""
@@ -46,6 +48,7 @@ FOR_THE_FIGURES = {"weight", "activation"}
 )
 @options.format_4bit_options
 @options.calibration_options(seq_len=256, n_tokens=8192)
+@mending_options
 @click.option("--base-model", help="org/name of MODEL on the hub, for the model card.")
 @click.option(
     "--check/--no-check",
@@ -59,8 +62,8 @@ FOR_THE_FIGURES = {"weight", "activation"}
 @options.debug
 def command(
     model, output, budget, target_bpw, metric, sensitivity, quant_type, double_quant,
-    search_scales, calibration, n_tokens, seq_len, device, base_model, check, dry_run, force,
-    output_format, **where,
+    search_scales, calibration, n_tokens, seq_len, device, recipe, fix, base_model, check, dry_run,
+    force, output_format, **where,
 ):  # fmt: skip
     """Write MODEL in 4 bits (bitsandbytes), its sensitive layers in 16.
 
@@ -76,24 +79,26 @@ def command(
       qwq-quant dynamic-4bit examples/tiny-qwq -o small --target-bpw 4.8 --dry-run
     """
     from quant.architectures import find_architecture
-    from quant.cli.measuring import run_check, run_measurement
+    from quant.cli.measuring import prepared_check, run_measurement
     from quant.cli.plan_4bit import print_plan, print_written
     from quant.cli.plan_table import print_note
     from quant.cli.progress import Progress
-    from quant.durable import check_replaceable_folder
-    from quant.dynamic_4bit import plan_4bit
+    from quant.dynamic_4bit import plan_4bit, plan_plain
     from quant.formats.nf4 import Bnb4bit
     from quant.sensitivity import read_sensitivity
     from quant.source import open_checkpoint
-    from quant.write_4bit import write_4bit
+    from quant.write_4bit import check_output, write_4bit
 
     budget = _budget(budget, target_bpw)
-    checkpoint = open_checkpoint(model, check_config=find_architecture, **where)
-    if not dry_run:
-        check_replaceable_folder(output, force)
+    mended = mend(open_checkpoint(model, check_config=find_architecture, **where), recipe, fix)
+    checkpoint = mended.source
     started = time.monotonic()
     format = Bnb4bit(quant_type, double_quant, search_scales=search_scales)
-    measured = None
+    plain, measured, run_check = plan_plain(checkpoint, format, budget), None, None
+    if not dry_run:
+        check_output(plain, output, force)
+        if check:
+            run_check = prepared_check(checkpoint, n_tokens, seq_len, device)
     if sensitivity is not None:
         measured = read_sensitivity(sensitivity)
     elif budget.needs_choice:
@@ -102,6 +107,7 @@ def command(
             checkpoint, format, metrics, calibration, n_tokens, seq_len, device
         )
     plan = plan_4bit(checkpoint, format, budget, measured, metric)
+    plan = replace(plan, notes=(*mended.notes, *plan.notes))
     if dry_run:
         print_plan(plan, output_format)
         return
@@ -115,9 +121,7 @@ def command(
             base_model=base_model or (checkpoint.name if checkpoint.revision else None),
             command=options.typed_command(),
             progress=bar.advance,
-            check=(lambda folder: run_check(plan, folder, n_tokens, seq_len, device))
-            if check
-            else None,
+            check=run_check,
         )
     print_written(plan, written, time.monotonic() - started, output_format)
 

@@ -33,15 +33,23 @@ def run_measurement(
         return measure(model, tokens, format, output_dtype(checkpoint), metrics, bar.advance)
 
 
-def run_check(plan, folder: Path, n_tokens: int, seq_len: int, device: str):
-    """The results of what was written into `folder`, on the built-in held-out text."""
+def prepared_check(checkpoint, n_tokens: int, seq_len: int, device: str):
+    """A check of what will be written: (plan, folder) -> results on the built-in held-out text.
+
+    What can go wrong before that, goes wrong now.
+    """
     from quant.calibration.device import choose_device
     from quant.calibration.tokens import cut_tokens
     from quant.check_4bit import N_MODELS, check_4bit
     from quant.cli.progress import Progress
     from quant.texts import held_out_texts
 
-    tokens = cut_tokens(plan.checkpoint, held_out_texts(), n_tokens, seq_len)
-    n_layers = max(group.layer for group in plan.groups) + 1
-    with Progress("Checking, layers", N_MODELS * n_layers) as bar:
-        return check_4bit(plan, folder, tokens, choose_device(device), bar.advance)
+    device = choose_device(device)
+    tokens = cut_tokens(checkpoint, held_out_texts(), n_tokens, seq_len)
+
+    def run(plan, folder: Path):
+        n_layers = max(group.layer for group in plan.groups) + 1
+        with Progress("Checking, layers", N_MODELS * n_layers) as bar:
+            return check_4bit(plan, folder, tokens, device, bar.advance)
+
+    return run

@@ -65,7 +65,7 @@ def print_totals(plan) -> None:
     n, kept = len(plan.groups), len(plan.kept)
     click.echo(
         f"\n{n - kept} of {n} groups in {plan.format.quant_type.upper()}, {kept} kept 16-bit: "
-        f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight of the linears"
+        f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per linear weight"
     )
     if plan.solution:
         s = plan.solution
@@ -125,7 +125,7 @@ def print_written(plan, written, seconds: float, output_format: str) -> None:
     click.echo(f"{printable(written.folder)}/  {human_bytes(written.nbytes)} of weights")
     click.echo(
         f"{n - kept} of {n} groups in {plan.format.quant_type.upper()}, {kept} kept 16-bit, "
-        f"{plan.bits_per_weight:.2f} bits per weight of the linears; {seconds:.1f} s."
+        f"{plan.bits_per_weight:.2f} bits per linear weight; {seconds:.1f} s."
     )
     if written.results:
         click.echo()

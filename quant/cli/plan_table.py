@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from collections import Counter
 
 import click
 
@@ -11,7 +12,8 @@ from quant.display import human_bytes, printable
 def print_plan(job, needs) -> None:
     """Tensors folded to classes, totals, needs, notes; on stdout."""
     rows = [("tensor", "n", "from", "to", "size", "why")]
-    for c in job.plan.classes():
+    classes = job.plan.classes()
+    for c in classes:
         rows.append(
             (
                 printable(c.name, 34),
@@ -22,7 +24,7 @@ def print_plan(job, needs) -> None:
                 c.rule,
             )
         )
-    print_columns(rows, right=(1, 4))
+    print_columns(rows, right=(1, 4), below=[[], *_layers(classes)])
     plan = job.plan
     files = f" in {len(plan.files)} files" if len(plan.files) > 1 else ""
     click.echo(
@@ -36,6 +38,30 @@ def print_plan(job, needs) -> None:
     sys.stdout.flush()
 
 
+def _layers(classes) -> list[list[str]]:
+    """Below each class: which layers it is of, where others of its kind are of another format."""
+    n_classes = Counter(c.name for c in classes)
+    return [
+        textwrap.wrap(
+            f"layers {_ranges(c.layers)}", 80, initial_indent=" " * 4, subsequent_indent=" " * 11
+        )
+        if c.layers and n_classes[c.name] > 1
+        else []
+        for c in classes
+    ]
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """0 1 2 5 -> "0-2 5"."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return " ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
 def print_note(text: str, err: bool = False) -> None:
     """A note to the user, wrapped at 80 columns."""
     indent = " " * 8
@@ -44,15 +70,20 @@ def print_note(text: str, err: bool = False) -> None:
     )
 
 
-def print_columns(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
-    """Rows aligned in columns, the first one a heading; `right` are aligned to the right."""
+def print_columns(
+    rows: list[tuple[str, ...]], right: tuple[int, ...] = (), below: list[list[str]] | None = None
+) -> None:
+    """Rows aligned in columns, the first one a heading; `right` are aligned to the right.
+
+    below: further lines for each row.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
+    for row, more in zip(rows, below or [[]] * len(rows), strict=True):
         cells = (
             cell.rjust(width) if i in right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        click.echo("  ".join(cells).rstrip())
+        click.echo("\n".join(["  ".join(cells).rstrip(), *more]))
 
 
 def _against(needed: int, free: int) -> str:

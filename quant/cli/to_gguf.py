@@ -40,6 +40,18 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
     type=options.Name(TYPES, "type"),
     help=f"Type of the weights: {' '.join(TYPES)}. [default: Q8_0; for a .gguf MODEL: as they are]",
 )
+@click.option(
+    "--target-bpw",
+    type=options.BitsPerWeight(),
+    help="Instead of a type: at most so many bits per weight over all tensors, for example 4.5, "
+    "each tensor in the format that its measured error makes best. Errors are measured when the "
+    "plan is made: --dry-run reads weights, too, then.",
+)
+@click.option(
+    "--target-size",
+    type=options.Size(),
+    help="The same for the size of the whole file, for example 20GB.",
+)
 @click.option("--output-type", type=options.Name(FORMATS, "format"), help="Of the output layer.")
 @click.option(
     "--embedding-type", type=options.Name(FORMATS, "format"), help="Of the token embedding."
@@ -57,6 +69,11 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
     "--imatrix",
     type=click.Path(path_type=Path),
     help="Importance matrix of llama.cpp (GGUF or .dat): errors where inputs are large count more.",
+)
+@click.option(
+    "--refine",
+    is_flag=True,
+    help="Search longer for lower errors. Same formats; the bytes are no longer llama.cpp's.",
 )
 @click.option("--pure", is_flag=True, help="The type's format for all, without its exceptions.")
 @click.option("--name", help="general.name of the model. [default: the folder's name]")
@@ -107,7 +124,8 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
 @options.debug
 def command(
     model, output, output_format, dry_run, force, nan_policy, split_max_size, revision, token,
-    cache_dir, offline, type_name, output_type, embedding_type, tensor_types, pure, **wishes,
+    cache_dir, offline, target_bpw, target_size, output_type, embedding_type, tensor_types, pure,
+    **wishes,
 ):  # fmt: skip
     """Write MODEL as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
@@ -120,14 +138,17 @@ def command(
     Examples:
       qwq-quant to-gguf examples/tiny-qwq -o tiny-qwq-Q8_0.gguf --type Q8_0
       qwq-quant to-gguf Qwen/QwQ-32B -o . --split-max-size 20GB --dry-run
+      qwq-quant to-gguf Qwen/QwQ-32B -o . --target-size 20GB --imatrix qwq.gguf
       qwq-quant to-gguf examples/tiny-qwq -o long.gguf --rope-scaling yarn \\
           --rope-factor 4 --rope-original-context 2048
     """
     from quant.architectures import find_architecture
     from quant.mixtures import Choices
     from quant.source import open_source
-    from quant.to_gguf import Wishes, plan_gguf
+    from quant.to_gguf import Wishes
 
+    if target_bpw is not None and target_size is not None:
+        raise click.UsageError("--target-bpw and --target-size exclude each other.")
     source = open_source(
         model,
         revision=revision,
@@ -137,12 +158,36 @@ def command(
         check_config=find_architecture,
     )
     choices = Choices(output_type, embedding_type, tensor_types, pure)
-    job = plan_gguf(
-        source, Wishes(type_name, max_file_nbytes=split_max_size, choices=choices, **wishes)
+    target = _target(target_bpw, target_size)
+    job = _plan(
+        source, Wishes(target=target, max_file_nbytes=split_max_size, choices=choices, **wishes)
     )
     if dry_run:
         return _print_plan(job, output, output_format)
     return _write(job, output, force, nan_policy, output_format)
+
+
+def _target(bits_per_weight: float | None, file_nbytes: int | None):
+    """What the two options say; None if neither was given."""
+    from quant.target_size import Target
+
+    if bits_per_weight is None and file_nbytes is None:
+        return None
+    return Target(bits_per_weight, file_nbytes)
+
+
+def _plan(source, wishes):
+    """The job; a target size takes measuring, whose progress is shown."""
+    from quant.cli.progress import Progress
+    from quant.to_gguf import plan_gguf
+
+    with Progress("Measuring tensors", total=1) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.advance(done - bar.done)
+
+        return plan_gguf(source, wishes, show)
 
 
 def _print_plan(job, output: Path, output_format: str) -> int:

@@ -32,7 +32,6 @@ from math import gcd, prod
 import numpy as np
 
 from quant.formats.format import Encoded, check_arguments
-from quant.tensors import to_float32
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes allows; 32 only since 2026, and not on every device."""
@@ -254,13 +253,15 @@ def _kernels():
 
 
 def _rounded(w: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 (n,) to the nearest values of `dtype`."""
+    """float32 (n,) to the nearest values of `dtype`, in place where that can be."""
     from quant.formats.dense_kernels import encode_bfloat16
 
     if dtype == "bfloat16":
         halves = np.empty(w.shape, np.uint16)
         encode_bfloat16(w, halves)
-        return to_float32(halves, "BF16")
+        bits = w.view(np.uint32)
+        bits[:] = halves
+        bits <<= 16
     if dtype == "float16":
         with np.errstate(over="ignore"):
             return w.astype(np.float16).astype(np.float32)

@@ -49,6 +49,7 @@ def measure_gradient(
             upstream = gradient.tensor[part].to(x.device)
             downstream = _backwards(layer, of_layer, w_hat, x, upstream, sums)
             gradient.tensor[part] = downstream.cpu()
+        del w_hat  # before the next layer is loaded
         progress(1)
     return {name: 0.5 * total / tokens.size for name, total in sums.items()}
 

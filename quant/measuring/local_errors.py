@@ -88,6 +88,7 @@ def measure_local_errors(
             for group in of_layer:
                 chosen = {name: w_hat[name] for name in group.modules}
                 errors.block[group.name] = _block_error(layer, chosen, hidden, after)
+        del w_hat  # before the next layer is loaded
         hidden, after = after, hidden
         progress(1)
     return errors

@@ -22,6 +22,7 @@ from quant.sensitivity import (
     Sensitivity,
     fingerprint,
 )
+from quant.tensors import STORED_DTYPES, to_float32
 
 
 def n_steps(model: StreamedModel, tokens: Tokens | None, metrics: frozenset[str]) -> int:
@@ -94,11 +95,18 @@ def calibration_facts(tokens: Tokens) -> dict[str, str | int]:
 def rounding_of(format: Bnb4bit, dtype: str, pool: Executor) -> Rounding:
     """What a weight is after it was stored in `format` and read again."""
     torch_dtype = getattr(torch, dtype)
+    stored = {"bfloat16": "BF16", "float16": "F16"}[dtype]
+    bits = STORED_DTYPES[stored]
 
     def rounded(w: torch.Tensor) -> torch.Tensor:
-        a = w.to(torch_dtype).float().cpu().numpy()
-        parts = format.encode_rows(lambda start, stop: a[start:stop], a.shape, dtype, map=pool.map)
-        return torch.from_numpy(format.decode(parts, a.shape)).to(torch_dtype)
+        half = w.to(torch_dtype).cpu().view(torch.int16).numpy()
+        parts = format.encode_rows(
+            lambda start, stop: to_float32(half[start:stop].view(bits), stored),
+            half.shape,
+            dtype,
+            map=pool.map,
+        )
+        return torch.from_numpy(format.decode(parts, half.shape)).to(torch_dtype)
 
     return rounded
 
