@@ -10,7 +10,8 @@ many of the tensors have the very bytes of transformers'; with several threads t
 mean of a weight's scales otherwise in its last bit (see quant/formats/nf4_kernels.py). Then the
 whole job, measuring included, runs once. Peak memory is the largest resident set of the process;
 `baseline` is that of a Python which has imported torch and transformers, `layer` a decoder layer as
-it is stored. Results go to benchmarks/dynamic.csv. """
+it is stored. Results go to benchmarks/dynamic.csv.
+"""
 
 import argparse
 import csv
