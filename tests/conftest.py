@@ -9,6 +9,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# llama.cpp's and torch's threads wait busily for each other: on shared cores, ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything loads Triton, which transformers does: kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
