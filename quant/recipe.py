@@ -359,6 +359,7 @@ class Chosen:
 
     recipe: Recipe
     why: str
+    named: bool = False  # by the user, not by the model's own name
 
 
 def choose_recipe(source: Source, named: str | None = None) -> Chosen | None:
@@ -368,7 +369,7 @@ def choose_recipe(source: Source, named: str | None = None) -> Chosen | None:
     for a recipe that was named.
     """
     if named is not None:
-        return Chosen(read_recipe(named), "named")
+        return Chosen(read_recipe(named), "named", named=True)
     architecture, names = model_identity(source)
     fitting = [
         Chosen(recipe, f'for {architecture} called "{name}"')

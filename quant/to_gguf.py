@@ -6,6 +6,7 @@ that, except where a target size is to be met: then weights are encoded to measu
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quant.architectures import (
     assemble,
@@ -46,12 +47,15 @@ from quant.mixtures import (
 from quant.overrides import apply_overrides, shorthand_overrides
 from quant.plan import Assignment, Plan
 from quant.rope import rope_overrides, without_scaling
-from quant.sampling import read_profile, sampling_from_generation_config
+from quant.sampling import PREFIX, read_profile, sampling_from_generation_config
 from quant.source import Source
 from quant.target_size import Progress, Target, choose_formats
 from quant.tensors import WEIGHT_DTYPES
 from quant.vocabulary import read_vocabulary
 from quant.vocabulary.pre_tokenizers import check_name
+
+if TYPE_CHECKING:
+    from quant.recipe import Chosen  # pydantic takes its time, and a library call need not know it
 
 DEFAULT_TYPE = "Q8_0"
 
@@ -75,6 +79,7 @@ class Wishes:
     context_length: int | None = None
     chat_template: Path | None = None
     sampling: str | None = None  # a profile, a TOML file, or "none"
+    recipe: "Chosen | None" = None  # its first profile is stored if `sampling` names none
     pre_tokenizer: str | None = None
     max_file_nbytes: int | None = None
     choices: Choices = field(default_factory=Choices)
@@ -323,10 +328,7 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
     metadata = dict(job.metadata)
     named = metadata.get("general.architecture")
     architecture = named.data if named is not None and named.type == "str" else ""
-    if wishes.sampling is not None:
-        metadata = {k: v for k, v in metadata.items() if not k.startswith("general.sampling.")}
-        if wishes.sampling != "none":
-            metadata |= read_profile(wishes.sampling)
+    metadata, notes = _with_sampling(metadata, wishes)
     metadata = rope_overrides(
         architecture,
         scaling=wishes.rope_scaling,
@@ -362,7 +364,38 @@ def _with_wishes(job: Job, wishes: Wishes) -> Job:
         max_file_nbytes=wishes.max_file_nbytes,
         header_nbytes=metadata_nbytes_at_most(metadata),
     )
-    return replace(job, plan=plan, metadata=metadata, notes=(*job.notes, *warnings))
+    return replace(job, plan=plan, metadata=metadata, notes=(*notes, *job.notes, *warnings))
+
+
+def _with_sampling(metadata: Metadata, wishes: Wishes) -> tuple[Metadata, list[str]]:
+    """The profile that was wished for; without one, the recipe's first.
+
+    A recipe that was chosen by the model's name only adds what the model itself does not say.
+    """
+    if wishes.sampling is None and wishes.recipe is None:
+        return metadata, []
+    others = {k: v for k, v in metadata.items() if not k.startswith(PREFIX)}
+    if wishes.sampling == "none":
+        return others, []
+    recipe = None if wishes.recipe is None else wishes.recipe.recipe
+    if recipe is None or wishes.sampling not in (None, *recipe.profiles):
+        return others | read_profile(wishes.sampling), []
+    name, profile = recipe.profile(wishes.sampling)
+    settings, notes = profile.metadata(), []
+    if wishes.sampling is None:
+        says = "are those of"
+        if not wishes.recipe.named:
+            own = {k: v for k, v in metadata.items() if k.startswith(PREFIX)}
+            settings |= own
+            says = "are the model's own, the rest from" if own else says
+        notes.append(
+            f"Sampling settings {says} recipe {recipe.name} ({printable(wishes.recipe.why)}), "
+            f"profile {printable(name)}; --sampling chooses others, or none."
+        )
+    if left_out := profile.not_in_gguf():
+        missing = ", ".join(f"{key} = {value}" for key, value in left_out.items())
+        notes.append(f"GGUF has no key for {missing}: programs have to be told.")
+    return others | settings, notes
 
 
 def _too_large(plan: Plan) -> list[str]:

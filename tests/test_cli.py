@@ -57,7 +57,7 @@ def test_a_dry_run_needs_no_torch(tiny_qwq, tmp_path):
 def test_every_command_has_help_with_an_example(name):
     result = run(name, "--help")
     assert result.exit_code == 0
-    assert re.search(rf"^  qwq-quant {name}\b", result.output, re.MULTILINE)
+    assert re.search(rf"^ {{4}}qwq-quant {name}\b", result.output, re.MULTILINE)
     assert max(map(len, result.output.splitlines())) <= 80
 
 

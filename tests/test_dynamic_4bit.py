@@ -504,6 +504,14 @@ def test_a_folder_whose_list_does_not_fit_its_weights_is_caught(made_models, tmp
             check_written(plan_keeping(source, *kept), tmp_path / "out")
 
 
+def test_a_wrong_list_ends_the_run_and_leaves_nothing(made_models, tmp_path, monkeypatch):
+    plan = plan_keeping(made_models("qwen2")[0], *KEPT)
+    monkeypatch.setattr(Plan4bit, "skip_list", ["lm_head", "model.layers.1"])
+    with pytest.raises(QwqQuantError, match="would misread"):
+        write_4bit(plan, tmp_path / "out")
+    assert nothing_but(tmp_path)
+
+
 # --- the check at the end ---------------------------------------------------------------------
 
 

@@ -171,7 +171,7 @@ class StreamedModel:
         for i in reversed(order) if backwards else order:
             yield self._load(i, seq_len)
             self._layers[i].to("meta")
-            _give_back_memory()
+            give_back_memory()
 
     def _load(self, index: int, seq_len: int) -> StreamedLayer:
         prefix = f"model.layers.{index}."
@@ -225,10 +225,10 @@ class StreamedModel:
             stop = min(start + n_rows, self.n_vocab)
             rows = self.weights.read_rows(self.head_name, start, stop)
             yield start, rows.to(self.device, self.dtype)
-        _give_back_memory()
+        give_back_memory()
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """What was freed, to the system. glibc keeps it, in holes that do not fit the next layer: over
     the 24 layers of Qwen2.5-0.5B the process grew from 0.8 to 1.7 GB."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none

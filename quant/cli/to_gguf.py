@@ -2,11 +2,13 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from quant.cli import options
+from quant.cli.mending import mend, mending_options
 
 # The names of quant.mixtures.MIXTURES and quant.formats.FORMATS, written out so that --help need
 # not import numpy; a test holds them against each other.
@@ -105,9 +107,11 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
 @click.option(
     "--sampling",
     metavar="PROFILE|FILE|none",
-    help="Sampling settings to store: qwen-official, unsloth-verbatim, unsloth-with-penalties, "
-    "a TOML file, or none. [default: from generation_config.json]",
+    help="Sampling settings to store: a profile that `qwq-quant recipes` lists, a TOML file, or "
+    "none. [default: generation_config.json's, completed by the recipe's first; for a .gguf "
+    "MODEL: as they are]",
 )
+@mending_options
 @click.option("--pre-tokenizer", help="tokenizer.ggml.pre, where its rules are not recognised.")
 @click.option("--split-max-size", type=options.Size(), help="Largest file, for example 4GB.")
 @click.option(
@@ -125,7 +129,7 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
 def command(
     model, output, output_format, dry_run, force, nan_policy, split_max_size, revision, token,
     cache_dir, offline, target_bpw, target_size, output_type, embedding_type, tensor_types, pure,
-    **wishes,
+    recipe, fix, **wishes,
 ):  # fmt: skip
     """Write MODEL as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
@@ -143,6 +147,7 @@ def command(
           --rope-factor 4 --rope-original-context 2048
     """
     from quant.architectures import find_architecture
+    from quant.checkpoint import Checkpoint
     from quant.mixtures import Choices
     from quant.source import open_source
     from quant.to_gguf import Wishes
@@ -157,11 +162,13 @@ def command(
         offline=offline,
         check_config=find_architecture,
     )
+    mended = mend(source, recipe, fix)
+    speaks = recipe is not None or isinstance(source, Checkpoint)  # a .gguf's own settings stay
     choices = Choices(output_type, embedding_type, tensor_types, pure)
     target = _target(target_bpw, target_size)
-    job = _plan(
-        source, Wishes(target=target, max_file_nbytes=split_max_size, choices=choices, **wishes)
-    )
+    wishes |= {"target": target, "max_file_nbytes": split_max_size, "choices": choices}
+    job = _plan(mended.source, Wishes(recipe=mended.chosen if speaks else None, **wishes))
+    job = replace(job, notes=(*mended.notes, *job.notes))
     if dry_run:
         return _print_plan(job, output, output_format)
     return _write(job, output, force, nan_policy, output_format)

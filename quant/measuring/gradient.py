@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from quant.calibration.hidden_states import HiddenStates
-from quant.calibration.streamed_model import StreamedLayer, StreamedModel
+from quant.calibration.streamed_model import StreamedLayer, StreamedModel, give_back_memory
 from quant.groups import Group
-from quant.measuring.local_errors import Rounding, rounded
+from quant.measuring.local_errors import Rounding, difference, rounded
 
 POSITIONS_AT_ONCE = 512
 SEED = 0
@@ -49,6 +49,7 @@ def measure_gradient(
             upstream = gradient.tensor[part].to(x.device)
             downstream = _backwards(layer, of_layer, w_hat, x, upstream, sums)
             gradient.tensor[part] = downstream.cpu()
+            give_back_memory()
         del w_hat  # before the next layer is loaded
         progress(1)
     return {name: 0.5 * total / tokens.size for name, total in sums.items()}
@@ -131,9 +132,9 @@ def _backwards(
     g = dict(zip(seen, at_linears, strict=True))
     with torch.no_grad():
         for group in groups:
-            felt = sum(
-                (g[name] * F.linear(seen[name][0], linears[name].weight - w_hat[name])).sum(-1)
-                for name in group.modules
-            )
+            felt = 0.0  # (sequences, seq_len)
+            for name in group.modules:
+                dw = difference(linears[name].weight, w_hat[name])
+                felt += (g[name] * F.linear(seen[name][0], dw)).sum(-1)
             sums[group.name] = sums.get(group.name, 0.0) + float(felt.square().sum())
     return downstream

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant.calibration.hidden_states import HiddenStates
-from quant.calibration.streamed_model import StreamedLayer, StreamedModel
+from quant.calibration.streamed_model import StreamedLayer, StreamedModel, give_back_memory
 from quant.groups import Group
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -99,11 +99,18 @@ def rounded(
 ) -> dict[str, torch.Tensor]:
     """The decoded low-bit copy of each linear of `groups`, in 16 bits, on the layer's device."""
     linears = layer.linears
-    return {
+    found = {
         name: rounding(linears[name].weight.data).to(linears[name].weight.device)
         for group in groups
         for name in group.modules
     }
+    give_back_memory()
+    return found
+
+
+def difference(w: torch.Tensor, w_hat: torch.Tensor) -> torch.Tensor:
+    """w_hat - w in the type of w. (Plain subtraction of two types converts w_hat besides.)"""
+    return w_hat.to(w.dtype, copy=True).sub_(w)
 
 
 def _add_weight_errors(
@@ -112,7 +119,7 @@ def _add_weight_errors(
     for name, rounded_weight in w_hat.items():
         w = layer.linears[name].weight.data
         errors.weight[name] = Ratio()
-        errors.weight[name].add(w - rounded_weight, w)
+        errors.weight[name].add(difference(w, rounded_weight), w)
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def _adding_activation_errors(
 
         def hook(linear: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
             wx = output if linear.bias is None else output - linear.bias
-            ratio.add(F.linear(inputs[0], linear.weight - w_hat[name]), wx)
+            ratio.add(F.linear(inputs[0], difference(linear.weight, w_hat[name])), wx)
 
         return hook
 

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
-from evaluation_helpers import to_gguf
+from evaluation_helpers import kill_itself, raise_other, raise_ours, talk, to_gguf
 
 from quant import errors
 from quant.cli.evaluate import command
@@ -219,38 +218,20 @@ def test_a_torn_record_is_dropped_and_another_header_begins_anew(tmp_path):
 # --- processes --------------------------------------------------------------------------------
 
 
-def _raise_ours(say):
-    raise BadInput("what", "why", "next")
-
-
-def _raise_other(say):
-    raise ZeroDivisionError("odd")
-
-
-def _die(say):
-    import os
-
-    say("note", "now")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _talk(a, say):
-    print("this is not for stdout")
-    say("advance", 2)
-    return {"a": a}
-
-
 def test_a_process_says_what_it_did(capfd):
     heard = []
-    assert run_isolated(_talk, (5,), lambda *m: heard.append(m)) == {"a": 5}
+    assert run_isolated(talk, (5,), lambda *m: heard.append(m)) == {"a": 5}
     assert heard == [("advance", 2)] and capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("work", "message"),
-    [(_raise_ours, "what\nwhy\nnext"), (_raise_other, "ZeroDivisionError: odd"),
-     (_die, "SIGKILL")],
-)  # fmt: skip
+    [
+        (raise_ours, "what\nwhy\nnext"),
+        (raise_other, "ZeroDivisionError: odd"),
+        (kill_itself, "SIGKILL"),
+    ],
+)
 def test_a_process_that_fails(work, message):
     with pytest.raises(BadInput) as caught:
         run_isolated(work, (), lambda *m: None)
