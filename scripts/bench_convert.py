@@ -8,7 +8,7 @@ llama_model_quantize, from a BF16 file, with a thread a core). The two sides run
 in a process of its own, on the same generated checkpoint (Qwen2.5-0.5B's shapes, four shards),
 after one run of each that does not count. The ratio is taken pair by pair. Peak memory is the
 largest resident set of any process. `first_run_seconds` is ours with nothing compiled yet. Results
-go to benchmarks/convert.csv.
+go to benchmarks/convert.csv, in place of older ones of the same model and type.
 """
 
 import argparse
@@ -160,11 +160,21 @@ def main() -> None:
     for row in rows:
         print("\n".join(f"{key:16} {value}" for key, value in row.items()), end="\n\n")
     target = ROOT / "benchmarks" / "convert.csv"
+    others = [row for row in _older(target) if _case(row) not in map(_case, rows)]
     with open(target, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted(others + rows, key=lambda row: row["model"]))
     print(f"written to {target.relative_to(ROOT)}")
+
+
+def _older(table: Path) -> list[dict]:
+    with open(table, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _case(row: dict) -> tuple[str, str]:
+    return row["model"], row["type"]
 
 
 def _processor() -> str:
