@@ -20,8 +20,10 @@ N_BOUNDS = 15
 MAX_BLOCKSIZE = 4096
 MAGNITUDE = U32(0x7FFFFFFF)
 
-# The factors of absmax that the search tries: 0.40, 0.425 ... 1.60.
-FIRST_FACTOR, FACTOR_STEP, N_FACTORS = F32(0.4), F32(0.025), 49
+# The factors of absmax that the search tries: 0.40, 0.45 ... 1.60, and half a step on either side of
+# the best. Where all weights count alike, none below 0.70 was ever the best.
+FIRST_FACTOR, FACTOR_STEP, N_FACTORS = F32(0.4), F32(0.05), 25
+N_LOW_FACTORS = 6
 
 
 @njit(inline="always")
@@ -115,7 +117,7 @@ def nearest_level(v, bounds, levels):
 def search_scales(w, blocksize, bounds, levels, importance, n_columns, scales):
     """The scale of each block that minimises sum of importance * (w - scale * level)^2.
 
-    For every factor tried, each weight takes its nearest level under factor * absmax; the best
+    For every factor tried, each weight takes its nearest level under factor * absmax. The best
     scale for these levels is then
 
         scale = sum(importance * w * level) / sum(importance * level^2)
@@ -151,29 +153,48 @@ def search_scales(w, blocksize, bounds, levels, importance, n_columns, scales):
                 x[i, k] *= factor
                 if importance.size:
                     weights[i, k] = weights[i, k] / heaviest[k] if heaviest[k] > ZERO else ONE
-        _search_lanes(x, weights, bounds, levels, found)
+        first_factor = 0 if importance.size else N_LOW_FACTORS
+        _search_lanes(x, weights, bounds, levels, first_factor, found)
         for k in range(min(LANES, scales.size - first)):
             scales[first + k] = found[k] * largest[k]
 
 
 @njit
-def _search_lanes(x, weights, bounds, levels, found):
-    """The best scale of LANES blocks x (blocksize, LANES) with |x| <= 1, into found (LANES,)."""
-    best, scale = splat(F32(-1)), splat(ONE)
-    for step in range(N_FACTORS):
-        inverse = ONE / (FIRST_FACTOR + F32(step) * FACTOR_STEP)
-        sum_wl, sum_ll = splat(ZERO), splat(ZERO)
-        for i in range(len(x)):
-            v = load(x, i)
-            level = nearest_level(v * inverse, bounds, levels)
-            weighted = load(weights, i) * level
-            sum_wl = sum_wl + weighted * v
-            sum_ll = sum_ll + weighted * level
-        gain = sum_wl * sum_wl / sum_ll
+def _search_lanes(x, weights, bounds, levels, first_factor, found):
+    """The best scale of LANES blocks x (blocksize, LANES) with |x| <= 1, into found (LANES,).
+
+    From the first_factor-th factor on, in whole steps, then half a step around the best: against
+    every half step the error is 0.03 % larger, and the search takes half as long.
+    """
+    best, scale, middle = splat(F32(-1)), splat(ONE), splat(ONE)
+    for step in range(first_factor, N_FACTORS):
+        factor = splat(FIRST_FACTOR + F32(step) * FACTOR_STEP)
+        gain, at_best = _gain(x, weights, bounds, levels, factor)
         better = gain > best  # false for the NaN of a block of zeros
         best = select(better, gain, best)
-        scale = select(better, sum_wl / sum_ll, scale)
+        scale = select(better, at_best, scale)
+        middle = select(better, factor, middle)
+    for side in range(-1, 2, 2):
+        factor = middle + F32(side) * HALF * FACTOR_STEP
+        gain, at_best = _gain(x, weights, bounds, levels, factor)
+        better = gain > best
+        best = select(better, gain, best)
+        scale = select(better, at_best, scale)
     store(found, 0, scale)
+
+
+@njit(inline="always")
+def _gain(x, weights, bounds, levels, factor):
+    """By how much `factor` lowers the error of each block, and the best scale for its levels."""
+    inverse = ONE / factor
+    sum_wl, sum_ll = splat(ZERO), splat(ZERO)
+    for i in range(len(x)):
+        v = load(x, i)
+        level = nearest_level(v * inverse, bounds, levels)
+        weighted = load(weights, i) * level
+        sum_wl = sum_wl + weighted * v
+        sum_ll = sum_ll + weighted * level
+    return sum_wl * sum_wl / sum_ll, sum_wl / sum_ll
 
 
 # --- the scales of the scales --------------------------------------------------------------------
