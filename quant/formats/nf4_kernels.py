@@ -20,7 +20,7 @@ N_BOUNDS = 15
 MAX_BLOCKSIZE = 4096
 MAGNITUDE = U32(0x7FFFFFFF)
 
-# The factors of absmax that the search tries: 0.40, 0.45 ... 1.60, and half a step on either side of
+# Factors of absmax that the search tries: 0.40, 0.45 ... 1.60, and half a step on either side of
 # the best. Where all weights count alike, none below 0.70 was ever the best.
 FIRST_FACTOR, FACTOR_STEP, N_FACTORS = F32(0.4), F32(0.05), 25
 N_LOW_FACTORS = 6
