@@ -21,6 +21,7 @@ Values are those that llama-quantize would use, to the last bit.
 """
 
 import os
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,9 @@ MAX_IMPORTANCE = 1e15
 SMALLEST_BLOCK = 16
 """Columns that share a scale in the format with the fewest (Q3_K, Q6_K)."""
 
+OUTPUT = "output.weight"
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
@@ -384,6 +388,8 @@ def match_importance(
     a legacy file does not tell), BadRecipe if needed tensors have none.
     """
     where = printable(matrix.path_name)
+    if not shapes:
+        return {}, [f"{where} changes nothing: no tensor is quantized"]
     if not shapes.keys() & matrix.values.keys():
         raise BadInput(
             f"{where} is the importance matrix of another model.",
@@ -398,15 +404,18 @@ def match_importance(
                 found[name] = rows
             elif name != "token_embd.weight":  # llama-quantize, too, lets this one pass
                 raise _other_shape(matrix, name, shape)
+    _refuse_dead(matrix, found)
     missing = [name for name in shapes if name not in found]
     lacking = sorted(needed - found.keys())
     if lacking:
         raise BadRecipe(
             f"{where} lacks {len(lacking)} of the {len(needed)} tensors that need it.",
             f"{_some(lacking)}: their formats are so small that the result would be garbage.",
-            "Take another matrix, or give them a larger format with --tensor-type.",
+            "No matrix has the output layer's importance; give it a larger format (--output-type)."
+            if lacking == [OUTPUT]
+            else "Take another matrix, or give them a larger format with --tensor-type.",
         )
-    notes = _notes_on_tokens(matrix, found)
+    notes = [*_notes_on_layers(matrix, shapes), *_notes_on_tokens(matrix, found)]
     if missing:
         notes.append(
             f"{len(missing)} of {len(shapes)} tensors have no importance: {_some(missing)}"
@@ -418,6 +427,38 @@ def match_importance(
             f"whose inputs were always zero; most formats will store zeros there: {_some(dead)}"
         )
     return found, notes
+
+
+def _refuse_dead(matrix: ImportanceMatrix, found: dict[str, np.ndarray]) -> None:
+    """Raise BadInput for a weight whose inputs were always zero: any format would do for it."""
+    dead = [name for name, rows in found.items() if len(rows) == 1 and not rows.any()]
+    if dead:
+        raise BadInput(
+            f"{printable(matrix.path_name)} says that the inputs of {len(dead)} weights were "
+            "always zero.",
+            f"{_some(dead)}: no text does that.",
+            "Make another: qwq-quant imatrix MODEL -o FILE",
+        )
+
+
+def _notes_on_layers(matrix: ImportanceMatrix, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Whole layers that only the matrix or only the model has."""
+    known, there = (
+        {int(match[1]) for name in names if (match := _LAYER.match(name))}
+        for names in (matrix.values, shapes)
+    )
+    notes = []
+    if extra := sorted(known - there):
+        notes.append(
+            f"the importance matrix knows {len(extra)} layers, from {extra[0]} on, that are not "
+            "quantized here: was it made from another model?"
+        )
+    if lacking := sorted(there - known):
+        notes.append(
+            f"the importance matrix lacks {len(lacking)} of {len(there)} layers, from "
+            f"{lacking[0]} on: was it made from another model?"
+        )
+    return notes
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

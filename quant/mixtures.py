@@ -4,8 +4,9 @@ A mixture is a default format and llama.cpp's exceptions to it: more bits for at
 some layers, for the output, fewer elsewhere. The rules are data about names and shapes, no weights
 are read; the result equals llama-quantize's tensor by tensor.
 
-Two things differ on purpose. A tensor that the user gives a format by hand does not shift the
-pattern of later layers (llama.cpp counts only the tensors its own rules have seen). And every
+Three things differ on purpose. A tensor that the user gives a format by hand does not shift the
+pattern of later layers (llama.cpp counts only the tensors its own rules have seen). With tied
+embeddings --output-type means the embedding with --pure, too, where llama.cpp drops it. And every
 choice carries its reason, for the printed plan.
 
 # ref: llama_tensor_get_type_impl, tensor_type_fallback, tensor_requires_imatrix in llama-quant.cpp
@@ -271,15 +272,17 @@ def needs_importance(assignment: Assignment, mixture: Mixture) -> bool:
     """Whether llama.cpp refuses this choice without an importance matrix."""
     name = assignment.format.name
     if assignment.name in ("token_embd.weight", "output.weight"):
-        return name in i_quants.NEEDS_IMPORTANCE
+        return name in i_quants.REFUSES_WITHOUT_IMPORTANCE
     return name in NEEDS_IMPORTANCE or (name == "Q2_K" and mixture.name == "Q2_K_S")
 
 
 def _check_patterns(tensors: list[Assembly], choices: Choices) -> None:
     for pattern, _ in choices.tensor_types:
-        if not any(re.search(pattern, t.name) for t in tensors if _is_quantized(t)):
+        found = [t for t in tensors if re.search(pattern, t.name)]
+        if not any(map(_is_quantized, found)):
+            what = f"only {printable(found[0].name)}, which stays exact" if found else "no tensor"
             raise BadRecipe(
-                f'--tensor-type {printable(pattern)} matches no tensor: "{printable(pattern)}".',
+                f'--tensor-type matches {what}: "{printable(pattern)}".',
                 "It is searched for in GGUF's names, such as blk.0.ffn_down.weight.",
                 "--dry-run prints the names.",
             )
@@ -346,12 +349,13 @@ def _choose(
 def _by_hand(name: str, tied: bool, choices: Choices) -> tuple[str | None, str]:
     if name == "token_embd.weight" and choices.embedding_type:
         return choices.embedding_type, "--embedding-type"
-    is_output = name == "output.weight" or (tied and name == "token_embd.weight")
-    if is_output and choices.output_type:
+    if name == "output.weight" and choices.output_type:
         return choices.output_type, "--output-type"
     for pattern, type_name in choices.tensor_types:
         if re.search(pattern, name):
             return type_name, f"--tensor-type {pattern}"
+    if tied and name == "token_embd.weight" and choices.output_type:
+        return choices.output_type, "--output-type"
     return None, ""
 
 
@@ -426,4 +430,4 @@ def _fit(tensor: Assembly, name: str, reason: str) -> tuple:
     smaller = FORMATS[FALLBACK.get(name, name)]
     if columns % smaller.block_size:
         smaller = FORMATS["F16"]
-    return smaller, f"{columns} columns do not fill blocks of {wanted.block_size} ({name})"
+    return smaller, f"rows of {columns} do not fit {name}"

@@ -21,6 +21,8 @@ class Assignment:
     rule: str  # why this format, in words
     importance: np.ndarray | None = None  # float32 (n_matrices, n_columns), from an imatrix
     error: float | None = None  # relative squared error of its output, where that decided
+    damage: float = 0.0  # that error times what the tensor's output is worth
+    step: "Step | None" = None  # to the next larger format
     is_copy: bool = False  # bytes of a GGUF file that pass as they are
 
     def importance_of(self, row: int) -> np.ndarray | None:
@@ -39,6 +41,15 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a larger format would cost, and how much less damage it would do."""
+
+    format: str
+    nbytes: int
+    mends: float
+
+
+@dataclass(frozen=True)
 class TensorClass:
     """Tensors of one kind and format, folded for display: blk.*.ffn_down.weight as Q8_0."""
 
@@ -50,6 +61,8 @@ class TensorClass:
     n_weights: int
     nbytes: int
     layers: tuple[int, ...] = ()  # where measured errors chose the format, and so no pattern does
+    damage: float | None = None  # of all of them, where that decided
+    step: Step | None = None  # of all of them, if it is to one format
 
     @property
     def bits_per_weight(self) -> float:
@@ -99,7 +112,7 @@ class Plan:
                 n_tensors=len(group),
                 n_weights=sum(a.source.n_weights for a in group),
                 nbytes=sum(a.nbytes for a in group),
-                layers=_layers(group) if key[3] is None else (),
+                **({} if key[3] is not None else _of_all(group)),
             )
             for key, group in sorted(folded.items(), key=lambda item: kinds[item[0][0]])
         ]
@@ -108,6 +121,15 @@ class Plan:
 def _range_of_errors(group: list[Assignment]) -> str:
     least, most = (f"{pick(a.error for a in group):.2g}" for pick in (min, max))
     return f"error {least}" if least == most else f"error {least} to {most}"
+
+
+def _of_all(group: list[Assignment]) -> dict:
+    """What a class says of tensors whose formats were chosen by their errors."""
+    steps = [a.step for a in group]
+    step = None
+    if None not in steps and len({s.format for s in steps}) == 1:
+        step = Step(steps[0].format, sum(s.nbytes for s in steps), sum(s.mends for s in steps))
+    return {"layers": _layers(group), "damage": sum(a.damage for a in group), "step": step}
 
 
 def _layers(group: list[Assignment]) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from quant.finite import zero_nonfinite
 from quant.formats import FORMATS, Float16Overflow, Format
 from quant.gguf_file import padded
 from quant.mixtures import NEEDS_IMPORTANCE
-from quant.plan import Assignment, Plan
+from quant.plan import Assignment, Plan, Step
 from quant.selection import Solution, solve
 from quant.tensors import TensorReader
 
@@ -358,7 +358,7 @@ def choose_formats(
     ]
     solution = solve(damage, sizes, budget - fixed)
     chosen = {
-        a.name: _assign(a, some, some[i], target)
+        a.name: _assign(a, some, some[i], target, weights[a.name])
         for a, some, i in zip(tensors, levels, solution.levels, strict=True)
     }
     assignments = tuple(chosen.get(a.name, a) for a in plan.assignments)
@@ -430,16 +430,25 @@ def _levels(
 
 
 def _assign(
-    assignment: Assignment, levels: list[Level], chosen: Level, target: Target
+    assignment: Assignment, levels: list[Level], chosen: Level, target: Target, weight: float
 ) -> Assignment:
     """The assignment with its format, and why not a better one."""
-    rule = f"target {target}: error {chosen.error:.2g}"
+    damage, step = weight * chosen.error, None
+    rule = f"target {target}: error {chosen.error:.2g}, damage {damage:.2g}"
     better = [x for x in levels if x.nbytes > chosen.nbytes and x.error < chosen.error]
     if better:
         following = min(better, key=lambda x: x.nbytes)
-        more = human_bytes(following.nbytes - chosen.nbytes)
-        rule += f", next larger {following.format.name} costs {more} more"
-    return replace(assignment, format=chosen.format, rule=rule, error=chosen.error)
+        more = following.nbytes - chosen.nbytes
+        step = Step(following.format.name, more, damage - weight * following.error)
+        rule += f"; {step.format} costs {human_bytes(more)} more and mends {step.mends:.2g}"
+    return replace(
+        assignment,
+        format=chosen.format,
+        rule=rule,
+        error=chosen.error,
+        damage=damage,
+        step=step,
+    )
 
 
 def _verdict(target: Target, solution: Solution) -> str:
@@ -447,12 +456,16 @@ def _verdict(target: Target, solution: Solution) -> str:
     found = f"Target {target}: estimated damage {solution.damage:.3g}"
     if solution.bound >= solution.damage:
         return f"{found}, the least possible."
-    above = 100 * (solution.damage / solution.bound - 1) if solution.bound > 0 else float("inf")
     proof = "the best choice" if solution.exact else "a good choice, not proven to be the best"
     return (
-        f"{found}, {proof}; {above:.2g} % above the bound that could be met if formats could "
+        f"{found}, {proof}; {_above(solution)} the bound that could be met if formats could "
         "change within a tensor."
     )
+
+
+def _above(solution: Solution) -> str:
+    ratio = solution.damage / solution.bound if solution.bound > 0 else float("inf")
+    return f"{100 * (ratio - 1):.2g} % above" if ratio < 2 else f"{ratio:.3g} times"
 
 
 def _sampling(measured: dict[str, Measured]) -> list[str]:

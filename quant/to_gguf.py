@@ -206,8 +206,9 @@ def _assign(
     matrix = None if wishes.imatrix is None else read_importance(wishes.imatrix)
     choices = replace(wishes.choices, has_importance=matrix is not None)
     assignments = assign_formats(tensors, mixture, Model.from_metadata(metadata), choices)
+    notes = []
     if wishes.refine:
-        assignments = _with_refined_encoders(assignments, wishes)
+        assignments, notes = _with_refined_encoders(assignments, wishes)
     needed = {a.name for a in assignments if needs_importance(a, mixture)}
     if matrix is None:
         if needed:
@@ -218,20 +219,25 @@ def _assign(
                 "Give one with --imatrix FILE (qwq-quant imatrix MODEL -o FILE makes them), or "
                 "choose a larger type.",
             )
-        return assignments, {}, []
+        return assignments, {}, notes
     undecided = set() if wishes.target is None else left_open(tensors, choices)
     shapes = {
         a.name: a.source.shape
         for a in assignments
         if a.format.block_size > 1 or a.name in undecided
     }
-    values, notes = match_importance(matrix, shapes, needed)
+    values, of_matrix = match_importance(matrix, shapes, needed)
     assignments = [replace(a, importance=values.get(a.name)) for a in assignments]
-    return assignments, importance_metadata(matrix), notes
+    return assignments, importance_metadata(matrix), [*notes, *of_matrix]
 
 
-def _with_refined_encoders(assignments: list[Assignment], wishes: Wishes) -> list[Assignment]:
-    """Raises UsageError if no format has one, and none is still to be chosen."""
+def _with_refined_encoders(
+    assignments: list[Assignment], wishes: Wishes
+) -> tuple[list[Assignment], list[str]]:
+    """The assignments, and what there is to say of them.
+
+    Raises UsageError if no format has a refined encoder, and none is still to be chosen.
+    """
     if wishes.target is None and all(refined(a.format) is None for a in assignments):
         names = sorted({a.format.name for a in assignments})
         raise UsageError(
@@ -239,7 +245,12 @@ def _with_refined_encoders(assignments: list[Assignment], wishes: Wishes) -> lis
             f"There is no longer search for {' and '.join(names)}.",
             "Leave it out.",
         )
-    return [replace(a, format=_refined(a.format)) for a in assignments]
+    notes = ["--refine: the same formats with less error, but not the bytes of llama.cpp's tools"]
+    plain = {a.format.name for a in assignments if a.format.block_size > 1}
+    plain -= {a.format.name for a in assignments if refined(a.format) is not None}
+    if plain and wishes.target is None:
+        notes.append(f"--refine has no longer search for {' and '.join(sorted(plain))}")
+    return [replace(a, format=_refined(a.format)) for a in assignments], notes
 
 
 def _refined(format: Format) -> Format:

@@ -5,8 +5,8 @@
 The two encode the same Gaussian weights in turn, in one thread of this process; the ratio is taken
 pair by pair. Time is the thread's processor time, which other programs on the machine disturb
 least. `first` is the seconds of our first call, in which numba compiles; whatever several types
-share is compiled by the first of them. Outputs are compared as well. Results go to
-benchmarks/quantize.csv.
+share is compiled by the first of them. Outputs are compared as well: the exit code is 1
+if any differ. Results go to benchmarks/quantize.csv, in place of older ones of the same type.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 def bench(format, w: np.ndarray, importance: np.ndarray | None, repeats: int) -> dict:
     """Alternate the two; medians, smallest and largest values in million weights a second."""
     first = seconds(lambda: format.encode(w[:1], importance))
+    quantize(format.ggml_type, w[:1], importance)  # builds ggml's tables
     ours, peer = [], []
     for _ in range(repeats):
         ours.append(seconds(lambda: format.encode(w, importance)))
@@ -100,11 +101,15 @@ def main() -> None:
         "llama_cpp_python": version("llama-cpp-python"),
     }
     target = ROOT / "benchmarks" / "quantize.csv"
+    names = {row["type"] for row in rows}
+    with open(target, newline="") as file:
+        others = [row for row in csv.DictReader(file) if row["type"] not in names]
     with open(target, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0] | about)
         writer.writeheader()
-        writer.writerows(row | about for row in rows)
+        writer.writerows([*others, *(row | about for row in rows)])
     print(f"written to {target.relative_to(ROOT)}")
+    sys.exit(any(row["same_bytes"] != "yes" for row in rows))
 
 
 def _processor() -> str:

@@ -133,6 +133,25 @@ def test_sequences_are_spread_over_the_text(tiny_qwq):
     assert np.array_equal(few.ids, everything.ids[[0, middle]])
 
 
+def test_a_long_text_is_tokenized_in_pieces_and_not_whole(tiny_qwq, monkeypatch):
+    from quant.calibration import tokens as room
+
+    lines = "".join(f"the number {i} is followed by the number {i + 1}\n" for i in range(400))
+    checkpoint, texts = Checkpoint.open(tiny_qwq), Texts("t", "", (Record(lines),))
+    whole = cut_tokens(checkpoint, texts, 10**9, 32)
+    monkeypatch.setattr(room, "PIECE", 1000)
+    in_pieces = cut_tokens(checkpoint, texts, 10**9, 32)
+    assert np.array_equal(in_pieces.ids, whole.ids)  # lines of this tokenizer end with a token
+    monkeypatch.setattr(room, "LEAST", 4000)
+    seen = []
+    monkeypatch.setattr(
+        room, "_spread", lambda p, n, spread=room._spread: seen.append(spread(p, n)) or seen[-1]
+    )
+    some = cut_tokens(checkpoint, texts, 64, 32)
+    assert some.ids.shape == (2, 32) and len(seen[0]) == 5
+    assert seen[0][0] == lines[: len(seen[0][0])] and seen[0][-1] in lines[-5000:]
+
+
 def test_bos_begins_every_sequence_where_the_model_has_one(made_models, tmp_path):
     """examples/tiny-qwq has none; a tokenizer that puts one before a text gets it everywhere."""
     import json

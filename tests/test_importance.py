@@ -603,9 +603,35 @@ def test_columns_that_were_always_zero():
 
 
 def test_many_names_are_cut():
-    shapes = {f"blk.{i}.attn_q.weight": (64, 64) for i in range(9)}
+    shapes = {f"blk.0.x{i}.weight": (64, 64) for i in range(1, 9)} | {Q: (64, 64)}
     _, (note,) = match_importance(matrix_of({Q: ONES}), shapes, set())
-    assert note.endswith("blk.3.attn_q.weight and 5 more")
+    assert note.endswith("blk.0.x3.weight and 5 more")
+
+
+def test_layers_that_only_one_of_them_has():
+    shapes = {f"blk.{i}.attn_q.weight": (64, 64) for i in range(6)}
+    longer = matrix_of({f"blk.{i}.attn_q.weight": ONES for i in range(12)})
+    _, (note,) = match_importance(longer, shapes, set())
+    assert "knows 6 layers, from 6 on, that are not" in note and "another model?" in note
+    shorter = matrix_of({f"blk.{i}.attn_q.weight": ONES for i in range(4)})
+    _, (note, _) = match_importance(shorter, shapes, set())
+    assert "lacks 2 of 6 layers, from 4 on" in note
+
+
+def test_inputs_that_were_never_anything_else_than_zero():
+    with pytest.raises(BadInput, match=f"(?s)inputs of 1 weights were always zero.*{Q}"):
+        match_importance(matrix_of({Q: 0 * ONES}), {Q: (64, 64)}, set())
+
+
+def test_a_matrix_where_nothing_is_quantized_is_no_mistake():
+    found, notes = match_importance(matrix_of({Q: ONES}), {}, set())
+    assert found == {} and notes == ["there/i.gguf changes nothing: no tensor is quantized"]
+
+
+def test_a_matrix_says_nothing_of_the_output_layer():
+    shapes = {Q: (64, 64), "output.weight": (64, 64)}
+    with pytest.raises(BadRecipe, match="--output-type"):
+        match_importance(matrix_of({Q: ONES}), shapes, {"output.weight"})
 
 
 # --- use --------------------------------------------------------------------------------------

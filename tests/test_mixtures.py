@@ -144,11 +144,7 @@ def importance(tiny_qwq, tmp_path_factory):
     return path, {name: values / np.float32(2048) for name, values in sums.items()}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K_S", "IQ2_M",
-     "IQ1_S"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", MIXTURES.keys() - {"F32", "F16", "BF16"})
 def test_whole_files_with_importance_hold_llama_cpp_s_bytes(name, tiny_qwq, tmp_path, importance):
     path, values = importance
     job = plan_gguf(open_source(str(tiny_qwq)), Wishes("BF16"))
@@ -212,8 +208,32 @@ def test_choices_by_hand(tiny_qwq):
 
 
 def test_a_pattern_that_matches_nothing_speaks(tiny_qwq):
-    with pytest.raises(BadRecipe, match="down_porj"):
+    with pytest.raises(BadRecipe, match=r"matches no tensor.*down_porj"):
         plan(tiny_qwq, tensor_types=(("ffn_down_porj", "Q8_0"),))
+    with pytest.raises(
+        BadRecipe, match=r"matches only blk\.0\.attn_norm\.weight, which stays exact"
+    ):
+        plan(tiny_qwq, tensor_types=(("attn_norm", "Q8_0"),))
+
+
+def test_a_pattern_goes_before_the_output_s_type_where_the_embedding_is_the_output(made_models):
+    folder, _ = made_models("qwen2-tied")
+    by_hand = {"output_type": "Q8_0", "tensor_types": (("token_embd", "Q5_0"),)}
+    assert plan(folder, **by_hand)["token_embd.weight"] == "Q5_0"
+    assert plan(folder, output_type="Q8_0", pure=True)["token_embd.weight"] == "Q8_0"
+
+
+def test_reasons_are_short(made_models, tmp_path):
+    """Rows that fit no block of 256, and a long pattern, in 80 columns."""
+    from click.testing import CliRunner
+
+    from quant.cli import cli
+
+    folder, _ = made_models("qwen2")
+    words = ["to-gguf", folder, "-o", tmp_path, "--type", "Q4_K_M", "--dry-run", "--tensor-type"]
+    printed = CliRunner().invoke(cli, [*map(str, words), f"attn_q|{'a' * 90}=Q8_0"]).output
+    assert "do not fit Q4_K" in printed and "--tensor-type attn_q" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_every_fallback_exists():

@@ -234,7 +234,8 @@ def test_the_plan_gives_reasons_and_fits_80_columns(tiny_qwq, tmp_path):
     rules = {t["name"]: t["rule"] for t in found["tensors"]}
     assert len(rules) == 75
     assert re.fullmatch(
-        r"target 4\.5 bits per weight: error [\d.e-]+(, next larger \w+ costs [\d.]+ \w+ more)?",
+        r"target 4\.5 bits per weight: error [\d.e-]+, damage [\d.e-]+"
+        r"(; \w+ costs [\d.]+ \w+ more and mends [\d.e-]+)?",
         rules["blk.3.ffn_down.weight"],
     )
     assert not (tmp_path / "m.gguf").exists()

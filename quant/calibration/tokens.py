@@ -1,5 +1,6 @@
 """Token sequences of one length, cut from a text."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.errors import BadInput
 from quant.texts import Texts
+
+PIECE = 1 << 18
+"""Characters that are tokenized at once: the tokenizer takes some 200 bytes for each."""
+
+LEAST, CHARACTERS_A_TOKEN = 4_000_000, 32
+"""Of a text longer than both say, not all is tokenized."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,10 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
     tokenizer = read_tokenizer(checkpoint.folder)
     start = _start_tokens(tokenizer)
     encoded = (
-        tokenizer(record.text, add_special_tokens=False, verbose=False).input_ids
-        for record in texts.records
+        tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        for piece in _spread([p for r in texts.records for p in _pieces(r.text)], n_tokens)
     )
-    stream = np.concatenate([np.asarray(ids, np.int64) for ids in encoded])
+    stream = np.concatenate([np.asarray(ids, np.int32) for ids in encoded])
     payload = seq_len - len(start)
     n_there = len(stream) // payload
     if n_there == 0:
@@ -65,9 +72,29 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
         )
     n_wanted = min(n_there, max(1, n_tokens // seq_len))
     chosen = np.arange(n_wanted) * n_there // n_wanted
-    pieces = stream[: n_there * payload].reshape(n_there, payload)[chosen]
+    pieces = stream[: n_there * payload].reshape(n_there, payload)[chosen].astype(np.int64)
     starts = np.broadcast_to(np.asarray(start, np.int64), (n_wanted, len(start)))
     return Tokens(np.concatenate([starts, pieces], axis=1), texts.name, texts.sha256)
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, cut behind line ends where it is long."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE:
+        stop = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
+
+
+def _spread(pieces: list[str], n_tokens: int) -> list[str]:
+    """All pieces, or so many evenly spread ones that there is text in plenty for n_tokens."""
+    n_enough = max(LEAST, CHARACTERS_A_TOKEN * n_tokens)
+    n_characters = sum(map(len, pieces))
+    if n_characters <= n_enough:
+        return pieces
+    n_kept = math.ceil(len(pieces) * n_enough / n_characters)
+    return [pieces[i * len(pieces) // n_kept] for i in range(n_kept)]
 
 
 def _start_tokens(tokenizer) -> list[int]:

@@ -53,7 +53,8 @@ class Name(click.ParamType):
     def convert(self, value, param, ctx):
         name = value.upper()
         if name not in self.names:
-            near = get_close_matches(name, self.names, 1)
+            usual = f"{name}_M"  # what llama-quantize takes Q4_K for
+            near = [usual] if usual in self.names else get_close_matches(name, self.names, 1)
             guess = f" Did you mean {near[0]}?" if near else ""
             message = f"{printable(value)} is no {self.name}.{guess}"
             self.fail(f"{message} There are: {' '.join(self.names)}.", param, ctx)

@@ -24,7 +24,7 @@ def print_plan(job, needs) -> None:
                 c.rule,
             )
         )
-    print_columns(rows, right=(1, 4), below=[[], *_layers(classes)])
+    print_columns(_narrow(rows), right=(1, 4), below=[[], *_layers(classes)])
     plan = job.plan
     files = f" in {len(plan.files)} files" if len(plan.files) > 1 else ""
     click.echo(
@@ -38,17 +38,29 @@ def print_plan(job, needs) -> None:
     sys.stdout.flush()
 
 
+def _narrow(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The rows with reasons cut to what is left of 80 columns."""
+    others = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]) - 1)]
+    return [(*row[:-1], printable(row[-1], 80 - sum(others))) for row in rows]
+
+
 def _layers(classes) -> list[list[str]]:
-    """Below each class: which layers it is of, where others of its kind are of another format."""
+    """Below each class whose format was chosen by its errors: which layers it is of, where others
+    of its kind are of another format; and what there was to choose."""
     n_classes = Counter(c.name for c in classes)
-    return [
-        textwrap.wrap(
-            f"layers {_ranges(c.layers)}", 80, initial_indent=" " * 4, subsequent_indent=" " * 11
-        )
-        if c.layers and n_classes[c.name] > 1
-        else []
-        for c in classes
-    ]
+    lines = []
+    for c in classes:
+        parts = []
+        if c.layers and n_classes[c.name] > 1:
+            parts.append(f"layers {_ranges(c.layers)};")
+        if c.damage is not None:
+            parts.append(f"damage {c.damage:.2g};")
+        if c.step is not None:
+            more = human_bytes(c.step.nbytes)
+            parts.append(f"{c.step.format}: {more} more for {c.step.mends:.2g} less")
+        text = " ".join(parts).rstrip(";")
+        lines.append(textwrap.wrap(text, 80, initial_indent=" " * 4, subsequent_indent=" " * 11))
+    return lines
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

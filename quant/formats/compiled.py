@@ -23,11 +23,26 @@ def sources_digest() -> str:
 
 
 class _FolderCache(FunctionCache):
-    """numba's cache of one function, out of date as soon as any file of the folder has changed."""
+    """numba's cache of one function, out of date as soon as any file of the folder has changed.
+
+    What cannot be read back or kept costs compiling it once more, and nothing else.
+    """
 
     def __init__(self, function):
         super().__init__(function)
         self._cache_file._source_stamp = sources_digest()
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # of a damaged file, whatever pickle meets in it
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        with suppress(Exception):  # a full disk, a quota, a damaged index
+            super().save_overload(sig, data)
 
 
 def kernel(function):

@@ -25,7 +25,7 @@ from quant.formats.format import Float16Overflow, Format, kernel_format
 
 SUPER_BLOCK = 256
 
-NEEDS_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
+REFUSES_WITHOUT_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 """Types that ggml encodes only with an importance matrix. # ref: ggml_quantize_requires_imatrix"""
 
 Fields = list[np.ndarray]
@@ -42,7 +42,7 @@ def _format(
     """`fields` takes flat weights and importance (empty if there is none)."""
 
     def run(w: np.ndarray, importance: np.ndarray, out: np.ndarray) -> bool:
-        if name in NEEDS_IMPORTANCE and not len(importance):
+        if name in REFUSES_WITHOUT_IMPORTANCE and not len(importance):
             raise ValueError(f"{name} needs an importance matrix")
         if not len(w):
             return True

@@ -16,8 +16,8 @@ what it encodes (Q2_K: 26 %), or weighs the errors of large weights more without
 39 %); only for IQ1_S is the gain lost in the noise. benchmarks/refine.csv has them all.
 
 It takes three to seven times as long as without, and is still quicker than ggml without, but for:
-IQ1_S and IQ1_M (15 times, half of ggml's speed), and Q4_0 to Q8_0 without importance, which ggml
-only divides and rounds (25 times; 90 to 140 million weights a second of one core).
+IQ1_S and IQ1_M (16 to 19 times, half of ggml's speed), and Q4_0 to Q8_0 without importance, which
+ggml only divides and rounds (23 to 43 times; 95 to 143 million weights a second of one core).
 """
 
 from collections.abc import Callable

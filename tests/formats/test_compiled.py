@@ -55,6 +55,22 @@ def test_a_changed_helper_is_compiled_anew(run):
     assert run(step=10) == "11 0"
 
 
+def test_a_cache_that_is_damaged_or_full_costs_only_compiling(run, tmp_path):
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert run(step=1, **kept) == "2 0"
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".nbi", ".nbc")]
+    assert len(files) == 2
+    for path in files:  # the index, and the machine code
+        path.write_bytes(path.read_bytes()[:40])
+        assert run(step=1, **kept) == "2 0"
+        assert run(step=1, **kept) == "2 1"
+    # A folder at the place of a file: nothing can be written there.
+    (index,) = (path for path in files if path.suffix == ".nbi")
+    index.unlink()
+    index.mkdir()
+    assert run(step=1, **kept) == "2 0"
+
+
 def test_without_a_folder_to_keep_them_kernels_still_run(run):
     # Of the places to try, only the one that NUMBA_CACHE_DIR would name: there is none.
     assert run(step=1, NUMBA_CACHE_LOCATOR_CLASSES="UserProvidedCacheLocator") == "2 0"

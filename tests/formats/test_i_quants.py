@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from quant.formats import Float16Overflow
-from quant.formats.i_quants import I_QUANTS, NEEDS_IMPORTANCE
+from quant.formats.i_quants import I_QUANTS, REFUSES_WITHOUT_IMPORTANCE
 from quant.formats.iq_grids import OFF_GRID, UNROLL, grid_of
 
 TINY_QWQ = Path(__file__).parents[2] / "examples" / "tiny-qwq" / "model.safetensors"
@@ -28,7 +28,7 @@ each_weighting = pytest.mark.parametrize(
         (f, weighted)
         for f in I_QUANTS
         for weighted in (False, True)
-        if weighted or f.name not in NEEDS_IMPORTANCE
+        if weighted or f.name not in REFUSES_WITHOUT_IMPORTANCE
     ],
     ids=lambda x: x.name if hasattr(x, "name") else ("weighted" if x else "plain"),
 )
@@ -256,7 +256,7 @@ def test_iq3_s_after_a_block_of_zeros_is_as_wrong_as_ggmls():
 @each_format
 def test_types_that_need_an_importance_matrix_say_so(format):
     w = np.ones((1, 256), np.float32)
-    if format.name in NEEDS_IMPORTANCE:
+    if format.name in REFUSES_WITHOUT_IMPORTANCE:
         with pytest.raises(ValueError, match=f"{format.name} needs an importance matrix"):
             format.encode(w)
     else:
@@ -269,7 +269,7 @@ def test_a_scale_beyond_float16_is_refused(format, size):
     rng = np.random.default_rng(0)
     w = (rng.uniform(-1, 1, (2, 512)) * size).astype(np.float32)
     importances = [np.ones(512, np.float32), usual_importance(rng, 512)]
-    for importance in importances if format.name in NEEDS_IMPORTANCE else [None, *importances]:
+    for importance in importances if format.name in REFUSES_WITHOUT_IMPORTANCE else [None, *importances]:
         with pytest.raises(Float16Overflow, match="65504"):
             format.encode(w, importance)
 

@@ -13,7 +13,7 @@ from quant.evaluation.comparison import compare
 from quant.evaluation.runners.gguf import GgufRunner
 from quant.formats import FORMATS, refined_kernels_codebook
 from quant.formats.format import Float16Overflow
-from quant.formats.i_quants import NEEDS_IMPORTANCE
+from quant.formats.i_quants import REFUSES_WITHOUT_IMPORTANCE
 from quant.formats.refined import REFINERS, refined
 from quant.formats.refined_codebooks import LAYOUTS
 from quant.source import open_source
@@ -107,7 +107,7 @@ def test_no_block_is_worse_than_ggmls(format, case):
     rng = np.random.default_rng(0)
     w = CASES[case](rng, (5, 1792)).astype(np.float32)
     for kind, importance in importance_kinds(rng, 1792).items():
-        if importance is None and format.name in NEEDS_IMPORTANCE:
+        if importance is None and format.name in REFUSES_WITHOUT_IMPORTANCE:
             continue
         both = encode_both(format, w, importance)
         if both is None:
@@ -128,7 +128,7 @@ def test_no_block_of_tiny_qwq_is_worse_and_all_are_better_together(format, tiny_
             w = tensor.float().numpy()
             importance = np.exp(rng.standard_normal(w.shape[1])).astype(np.float32)
             for given in (None, importance):
-                if given is None and format.name in NEEDS_IMPORTANCE:
+                if given is None and format.name in REFUSES_WITHOUT_IMPORTANCE:
                     continue
                 both = encode_both(format, w, given)
                 plain, better = (block_errors(format, w, given, each) for each in both)
@@ -204,7 +204,7 @@ def test_row_blocks_in_four_threads_give_the_same_bytes(format):
     importance = rng.random(768, np.float32)
     encode = refined(format).encode
     for given in (None, importance):
-        if given is None and format.name in NEEDS_IMPORTANCE:
+        if given is None and format.name in REFUSES_WITHOUT_IMPORTANCE:
             continue
         with ThreadPoolExecutor(4) as pool:
             starts = range(0, 40, 3)
@@ -244,7 +244,7 @@ def test_views_and_read_only_arrays_are_taken_by_value(format):
 def test_kernels_are_compiled_once(format):
     w = np.random.default_rng(0).standard_normal((2, 256), np.float32)
     for given in (np.ones(256, np.float32), None):
-        if given is not None or format.name not in NEEDS_IMPORTANCE:
+        if given is not None or format.name not in REFUSES_WITHOUT_IMPORTANCE:
             refined(format).encode(w, given)
     kernel = REFINERS[format.name](format)
     if format.name in LAYOUTS:  # these share one
@@ -269,7 +269,7 @@ def test_bad_arguments_are_refused_as_ever(format):
         refined(format).encode(w.astype(np.float64))
     with pytest.raises(ValueError, match="importance"):
         refined(format).encode(w, np.ones(512, np.float32))
-    if format.name in NEEDS_IMPORTANCE:
+    if format.name in REFUSES_WITHOUT_IMPORTANCE:
         with pytest.raises(ValueError, match="importance"):
             refined(format).encode(w)
 
