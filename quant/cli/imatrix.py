@@ -20,8 +20,8 @@ def command(
 ):  # fmt: skip
     """Compute the importance matrix of MODEL, for to-gguf --imatrix and llama-quantize.
 
-    Runs the checkpoint over a text, one decoder layer in memory at a time: QwQ-32B needs 3 GB and
-    no 16-bit GGUF file first. The file is what llama-imatrix writes.
+    Runs the checkpoint over a text, one decoder layer in memory at a time, and needs no 16-bit GGUF
+    file first. The file is what llama-imatrix writes.
 
     \b
     Example:
