@@ -83,7 +83,10 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = read_config(folder)
-        tensors = _with_scales(folder, read_tensors(folder), _stated_block(folder, config))
+        stored = read_tensors(folder)
+        if any(name.endswith(".qweight") for name in stored):
+            raise _already_quantized(folder, "packed integers, as GPTQ or AWQ write them")
+        tensors = _with_scales(folder, stored, _stated_block(folder, config))
         return cls(folder, str(folder) if name is None else name, revision, config, tensors)
 
     def read_json(self, file_name: str) -> dict | None:
@@ -190,8 +193,6 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     else:
         present = sorted(os.listdir(folder))
         raise _other_format(folder, present) or _no_weights(folder, present)
-    if any(name.endswith(".qweight") for name in tensors):
-        raise _already_quantized(folder, "packed integers, as GPTQ or AWQ write them")
     return tensors
 
 

@@ -6,6 +6,7 @@ in this folder.
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from quant.errors import BadInput
@@ -34,6 +35,11 @@ def raise_other(say):
 def kill_itself(say):
     say("note", "now")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep_long(pid_file, say):
+    pid_file.write_text(str(os.getpid()))
+    time.sleep(60)
 
 
 def talk(a, say):

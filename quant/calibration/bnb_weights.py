@@ -29,6 +29,15 @@ class Bnb4bitWeights:
                     if other == weight or other.startswith(f"{weight}.")
                 }
 
+    @property
+    def names(self) -> list[str]:
+        """Of all weights; a 4-bit one's scales are none."""
+        parts = {info.name for of in self._parts.values() for info in of.values()}
+        return [*self._parts, *(name for name in self._stored.names if name not in parts)]
+
+    def is_4bit(self, name: str) -> bool:
+        return name in self._parts
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         if name not in self._parts:
             return self._stored.shape(name)

@@ -52,12 +52,17 @@ class StoredTensors:
         self._tensors = tensors
         self._reader = TensorReader()
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors that can be read, as checkpoints name them."""
+        return list(self._tensors)
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         if name in self._tensors:
             return self._tensors[name].shape
         if not (experts := self._experts(name)):
             return None
-        first = [self._tensors[part].shape for part in experts[0]]
+        first = [self.shape(part) for part in experts[0]]
         return (len(experts), sum(shape[0] for shape in first), first[0][1])
 
     def read(self, name: str) -> torch.Tensor:
@@ -84,6 +89,10 @@ class StoredTensors:
             _require_finite(info.name, rows)
         return rows
 
+    def _has(self, name: str) -> bool:
+        """Whether a tensor of that name is stored."""
+        return name in self._tensors
+
     def _experts(self, name: str) -> list[list[str]]:
         """The stored names of `...mlp.experts.gate_up_proj` or `.down_proj`, by expert."""
         before, found, part = name.partition(_EXPERTS)
@@ -92,7 +101,7 @@ class StoredTensors:
         while found and stored:
             prefix = f"{before}{_EXPERTS}{len(experts)}."
             names = [f"{prefix}{each}.weight" for each in stored]
-            if not all(each in self._tensors for each in names):
+            if not all(self._has(each) for each in names):
                 break
             experts.append(names)
         return experts

@@ -14,6 +14,7 @@ import threading
 import click
 
 from quant import __version__
+from quant.cli.resuming import catch
 from quant.display import printable
 from quant.errors import QwqQuantError
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "dynamic-4bit": "quant.cli.dynamic_4bit",
     "gptq": "quant.cli.gptq",
     "evaluate": "quant.cli.evaluate",
+    "verify": "quant.cli.verify",
     "inspect": "quant.cli.inspect",
     "doctor": "quant.cli.doctor",
     "fix": "quant.cli.fix",
@@ -37,7 +39,12 @@ COMMANDS = {
 
 EPILOG = """Exit codes: 0 done, 2 wrong usage, 65 bad input, 66 input missing, 69 library, hub or
 memory unavailable, 70 internal error, 73 output cannot be created, 74 disk full or I/O error,
-77 no permission, 78 bad recipe or override, 130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP."""
+75 stopped by Ctrl-C, SIGTERM or SIGHUP and resumable: the same command goes on, 77 no permission,
+78 bad recipe or override, 130, 143, 129 ended by these signals where nothing can be resumed."""
+
+
+SAFELY_STOPPED = 75
+"""EX_TEMPFAIL: no failure; the user has what is needed to go on."""
 
 
 class _Commands(click.Group):
@@ -95,7 +102,7 @@ def _catch_ending_signals() -> None:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, end)
+            catch(number, end)
 
 
 def _exit_code(run) -> int:
@@ -119,7 +126,7 @@ def _exit_code(run) -> int:
         if "--debug" in sys.argv[1:]:
             raise
         message, code = _explain(error)
-        click.echo(f"Error: {message}", err=True)
+        click.echo(message if code == SAFELY_STOPPED else f"Error: {message}", err=True)
         return code
 
 

@@ -71,18 +71,36 @@ from quant.cli import options
 @click.option(
     "--task-limit", type=click.IntRange(min=1), help="Questions of each task. [default: all]"
 )
+@click.option(
+    "--run-code",
+    is_flag=True,
+    help="Let tasks such as humaneval run the programs that a model writes, unconfined.",
+)
+@click.option(
+    "--base-file",
+    type=click.Path(path_type=Path),
+    help="Keep MODEL's distributions in this file: what llama-perplexity takes as "
+    "--kl-divergence-base, and this command as MODEL.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="For folders: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.",
+)
 @options.force
 @options.output_format
 @options.model_options
 @options.debug
 def command(
     model, candidates, output, text, n_tokens, n_ctx, loops, prompts, profiles, seeds,
-    loop_tokens, questions, tasks, task_limit, force, output_format, **where,
+    loop_tokens, questions, tasks, task_limit, run_code, base_file, device, force, output_format,
+    **where,
 ):  # fmt: skip
     """Measure how much each of CANDIDATES lost against MODEL, whatever their formats.
 
-    Folders (16-bit, bitsandbytes, GPTQ) run in transformers, .gguf files in llama.cpp, what does
-    not fit in memory layer by layer. Perplexity, KL divergence and top-token agreement have
+    Folders (16-bit, bitsandbytes, GPTQ) run in transformers, .gguf files in llama.cpp, folders that
+    do not fit in memory layer by layer. Perplexity, KL divergence and top-token agreement have
     llama.cpp's definitions. MODEL may also be a file of its --kl-divergence-base. A candidate that
     cannot be measured is named and left out, and the exit code is 65 then. Run the same command
     again after an interruption: it goes on.
@@ -94,12 +112,19 @@ def command(
           --loops --prompts flappy-bird --loop-tokens 16384 \\
           --sampling qwen-official --sampling unsloth
     """
+    from quant.evaluation.base_file import MAGIC
     from quant.evaluation.evaluate import evaluate
     from quant.evaluation.measuring import Loops, Wishes
     from quant.evaluation.report import check_places, write_report
+    from quant.output_file import check_output_file
     from quant.texts import held_out_texts, read_texts
 
     check_places(output, force=force)
+    if base_file is not None:
+        check_output_file(
+            base_file, force=force, sources=(), starts_with=MAGIC, kind="file of distributions"
+        )
+    _check_device(device)
     if tasks:
         from quant.evaluation.lm_eval_bridge import check_tasks
 
@@ -112,11 +137,13 @@ def command(
         questions=_questions(questions),
         tasks=tuple(tasks.split(",")) if tasks else (),
         task_limit=task_limit,
+        run_code=run_code,
+        device=device,
     )
     started = time.monotonic()
     with _Bars() as bars:
         reference, found, missing = _find(model, candidates, where)
-        evaluation = evaluate(reference, found, wishes, output, bars, missing)
+        evaluation = evaluate(reference, found, wishes, output, bars, missing, base_file)
     files = write_report(evaluation, output, force=force)
     if output_format == "json":
         import json
@@ -128,6 +155,14 @@ def command(
         print_evaluation(evaluation)
         click.echo(f"\n{files[0]}, in {time.monotonic() - started:.1f} s.")
     return 65 if evaluation.failed else 0
+
+
+def _check_device(device: str) -> None:
+    """Refuse one that cannot be used before anything is done."""
+    if device not in ("auto", "cpu"):  # torch takes its time
+        from quant.calibration.device import choose_device
+
+        choose_device(device)
 
 
 def _loops(kind, prompts: str, profiles: tuple[str, ...], seeds: int, limit: int):
@@ -151,12 +186,14 @@ def _find(model: str, candidates: tuple[str, ...], where: dict):
     from quant.hub import resolve
 
     path = Path(model)
+    candidates = tuple(dict.fromkeys(candidates))  # typed twice, measured once
+    among = (model, *candidates)
     reference = Model(
-        _short(model, (model,)), path if is_base_file(path) else resolve(model, **where).path
+        _short(model, among), path if is_base_file(path) else resolve(model, **where).path
     )
     found, missing = [], []
     for name in candidates:
-        shown = _short(name, candidates)
+        shown = _short(name, among)
         try:
             found.append(Model(shown, resolve(name, **where).path))
         except QwqQuantError as error:
@@ -165,10 +202,13 @@ def _find(model: str, candidates: tuple[str, ...], where: dict):
 
 
 def _short(name: str, among: tuple[str, ...]) -> str:
-    """The last part of a path, unless another one ends in the same."""
-    last = [each.rstrip("/").rpartition("/")[2] for each in among]
-    own = name.rstrip("/").rpartition("/")[2]
-    return own if own and last.count(own) == 1 else name
+    """The last part of a path; as many more as tell it from others that end in the same."""
+    others = [each.rstrip("/").split("/") for each in among if each != name]
+    parts = name.rstrip("/").split("/")
+    for n in range(1, len(parts)):
+        if not any(other[-n:] == parts[-n:] for other in others):
+            return "/".join(parts[-n:])
+    return name
 
 
 class _Bars:

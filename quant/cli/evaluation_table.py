@@ -4,7 +4,7 @@ import click
 
 from quant.cli.plan_table import print_columns, print_note
 from quant.display import human_bytes, printable
-from quant.evaluation.report import by_size, divergence
+from quant.evaluation.report import by_size, decimals, divergence
 
 WIDTH = 80
 NAME = 28
@@ -44,7 +44,7 @@ def _print_fitted(rows: list[tuple[str, ...]]) -> None:
 
 
 def _print_losses(reference, candidates) -> None:
-    rows = [("model", "size", "bits", "PPL", "mean KLD", "99% KLD", "same top")]
+    rows = [("model", "size", "bits", "PPL", "mean KLD", "99%", "top-1")]
     rows.append(
         (_name(reference.name), human_bytes(reference.nbytes), _bits(reference),
          f"{reference.ppl.value:.3f}", "reference", "", "")
@@ -58,7 +58,7 @@ def _print_losses(reference, candidates) -> None:
                 _bits(c),
                 f"{s.ppl.value:.3f}",
                 divergence(s.kld).replace("0.", "."),
-                f"{s.kld_percentiles[99.0]:.4f}",
+                decimals(s.kld_percentiles[99.0], 4).replace("0.", "."),
                 f"{100 * s.same_top.value:.1f} %",
             )
         )
@@ -75,7 +75,7 @@ def _print_categories(candidates) -> None:
     width = max(8, (WIDTH - NAME) // len(names) - 2)
     rows = [("model", *(printable(name or "(none)", width) for name in names))]
     for c in candidates:
-        klds = (f"{s.kld.value:.5f}" for s in c.statistics.by_category.values())
+        klds = (decimals(s.kld.value, 5) for s in c.statistics.by_category.values())
         rows.append((_name(c.name), *klds))
     _print_fitted(rows)
 

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from quant import __version__
 from quant.display import printable
-from quant.durable import translated_errors
+from quant.durable import PendingFile, translated_errors
 from quant.errors import CannotCreate, QwqQuantError
 from quant.evaluation.base_file import MAGIC, BaseFile
 from quant.evaluation.divergence import (
@@ -42,6 +41,8 @@ from quant.evaluation.measuring import (
     read_scores,
 )
 from quant.manifest import library_versions
+
+COPIED_NBYTES = 8 << 20
 
 WORK = ".evaluate.partial"
 """The folder of unfinished work, in the report's."""
@@ -144,26 +145,30 @@ def evaluate(
     output: Path,
     listener: Listener,
     missing: Sequence[Failed] = (),
+    base_file: Path | None = None,
 ) -> Evaluation:
     """Measure all of them. output: the report's folder, which is made if need be.
 
     missing: candidates that were not even found; they are in `failed` too, like those that cannot
-    be measured. Raises what is wrong with the reference, the text or the disk.
+    be measured. base_file: where to keep the reference's distributions, as llama-perplexity's
+    --kl-divergence-base does. Raises what is wrong with the reference, the text or the disk.
     """
-    with translated_errors(output):
-        output.mkdir(exist_ok=True)
     with _work_folder(output) as work:
-        known, answers = _run_reference(reference, wishes, work, listener)
         measured, failed = [], list(missing)
+        for each in missing:
+            listener.note(_left_out(each))
+        known, answers = _run_reference(reference, wishes, work, listener)
+        if base_file is not None:
+            _copy_whole(known.base, base_file)
         for candidate in candidates:
             try:
                 scores, found = run_isolated(
                     measure_candidate, (candidate.path, known, wishes, work), _hear(listener)
                 )
-                measured.append(_measured(candidate, reference, known, scores, found))
+                measured.append(_measured(candidate, known, scores, found))
             except QwqQuantError as error:
                 failed.append(Failed(candidate.name, error))
-                listener.note(f"{printable(candidate.name)} is left out. {error.what} {error.why}")
+                listener.note(_left_out(failed[-1]))
         evaluation = Evaluation(
             _measured_reference(reference, known, answers),
             tuple(measured),
@@ -178,22 +183,39 @@ def evaluate(
 
 @contextlib.contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """The folder for unfinished work, locked. Raises CannotCreate if another run has it."""
+    """The folder for unfinished work, locked; gone at the end if nothing is in it.
+
+    Raises CannotCreate if another run has it.
+    """
     work = output / WORK
+    is_new = not output.exists()
     with translated_errors(work):
+        output.mkdir(exist_ok=True)
         work.mkdir(exist_ok=True)
         descriptor = os.open(work, os.O_RDONLY | os.O_NOFOLLOW)
     try:
+        _lock(descriptor, output)
+        try:
+            yield work
+        finally:
+            with contextlib.suppress(OSError):  # there is something in it, or it is gone
+                work.rmdir()
+            with contextlib.suppress(OSError):
+                if is_new:
+                    output.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, output: Path) -> None:
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield work
     except BlockingIOError:
         raise CannotCreate(
             f"Another run is writing {printable(output)} just now.",
             "",
             "Wait for it, or choose another folder with -o.",
         ) from None
-    finally:
-        os.close(descriptor)
 
 
 def _run_reference(
@@ -205,6 +227,24 @@ def _run_reference(
     return run_isolated(measure_reference, (reference.path, wishes, work), _hear(listener))
 
 
+def _copy_whole(source: Path, path: Path) -> None:
+    """A file that appears whole or not at all. Raises CannotCreate or OutputFailed."""
+    pending, at = PendingFile(path), 0
+    try:
+        with open(source, "rb", buffering=0) as file:
+            while block := file.read(COPIED_NBYTES):
+                pending.write_at(at, block)
+                at += len(block)
+        pending.flush()
+        pending.publish()
+    finally:
+        pending.discard()
+
+
+def _left_out(failed: Failed) -> str:
+    return f"{printable(failed.name)} is left out. {failed.error.what} {failed.error.why}"
+
+
 def _hear(listener: Listener) -> Callable:
     return lambda kind, *rest: getattr(listener, kind)(*rest)
 
@@ -212,20 +252,17 @@ def _hear(listener: Listener) -> Callable:
 # --- figures ----------------------------------------------------------------------------------
 
 
-def _measured(
-    candidate: Model, reference: Model, known: Reference, scores: Path, answers: Answers
-) -> Measured:
+def _measured(candidate: Model, known: Reference, scores: Path, answers: Answers) -> Measured:
     n_scored = BaseFile.open(known.base).chunks(None).n_scored
     accumulator = Accumulator()
     for category, window in zip(known.categories, read_scores(scores, n_scored), strict=True):
         accumulator.add(window, category)
     statistics = accumulator.statistics()
     nbytes = _model_nbytes(candidate.path)
-    n_weights = _n_weights(reference.path)
     return Measured(
         name=candidate.name,
         nbytes=nbytes,
-        bits_per_weight=8 * nbytes / n_weights if n_weights else None,
+        bits_per_weight=8 * nbytes / known.n_weights if known.n_weights else None,
         ppl=statistics.ppl,
         statistics=statistics,
         dp_histogram=_histogram(accumulator.scores()),
@@ -234,11 +271,11 @@ def _measured(
 
 
 def _measured_reference(reference: Model, known: Reference, answers: Answers) -> Measured:
-    nbytes, n_weights = _model_nbytes(reference.path), _n_weights(reference.path)
+    nbytes = _model_nbytes(reference.path)
     return Measured(
         name=reference.name,
         nbytes=nbytes,
-        bits_per_weight=8 * nbytes / n_weights if n_weights else None,
+        bits_per_weight=8 * nbytes / known.n_weights if known.n_weights else None,
         ppl=perplexity(_reference_nll(known)),
         statistics=None,
         dp_histogram=(),
@@ -268,19 +305,6 @@ def _model_nbytes(path: Path) -> int:
     return sum(f.stat().st_size for f in files if f.suffix == ".safetensors" or path.is_file())
 
 
-def _n_weights(path: Path) -> int | None:
-    """Weights of the reference; None if it is a base file."""
-    if is_base_file(path):
-        return None
-    if path.is_dir():
-        from quant.checkpoint import read_tensors
-
-        return sum(prod(tensor.shape) for tensor in read_tensors(path).values())
-    from quant.gguf_file import open_gguf
-
-    return sum(prod(tensor.shape) for tensor in open_gguf(path).tensors.values())
-
-
 def _about_text(known: Reference, wishes: Wishes) -> dict:
     chunks = BaseFile.open(known.base).chunks(None)
     counts = {c: known.categories.count(c) for c in dict.fromkeys(known.categories)}
@@ -298,6 +322,7 @@ def _about_text(known: Reference, wishes: Wishes) -> dict:
 
 def _about_settings(wishes: Wishes) -> dict:
     return {
+        "device": wishes.device,
         "loops": wishes.loops and asdict(wishes.loops),
         "n_questions": len(wishes.questions),
         "tasks": list(wishes.tasks),

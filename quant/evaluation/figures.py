@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from quant.display import human_bytes, printable
+from quant.evaluation.labels import Label, place_labels, short_names
 from quant.report.axes import log_axis, log_range, within
 from quant.report.drawing import Drawing, Tips, render
 from quant.report.figures import number
@@ -49,31 +50,40 @@ def size_figure(title: str, points: Sequence[SizePoint]) -> Drawing:
     best = frontier(points)
     unit, scale = ("GB", 1e9) if max(p.nbytes for p in points) >= 1e9 else ("MB", 1e6)
     low, high = log_range([point.kld for point in points])
+    short = dict(zip(points, short_names([point.name for point in points]), strict=True))
+
+    def place(point: SizePoint) -> tuple[float, float]:
+        return point.nbytes / scale, within(point.kld, low, high)
+
+    labels = [
+        Label(printable(short[point], 40), place(point), INK if point in best else MUTED)
+        for point in [*best, *(other for other in points if other not in best)]
+    ]
 
     def draw(figure: Figure) -> Tips:
         figure.set_size_inches(FIGURE_WIDTH, 4.6)
         ax = figure.subplots()
-        x = [point.nbytes / scale for point in best]
-        y = [within(point.kld, low, high) for point in best]
-        widest = max(point.nbytes for point in points) / scale
-        ax.plot(x, y, color=ACCENT, linewidth=1.4, alpha=0.5, zorder=2)
-        for point in points:
-            place = point.nbytes / scale, within(point.kld, low, high)
+        line = [place(point) for point in best]
+        ax.plot(*zip(*line, strict=True), color=ACCENT, linewidth=1.4, alpha=0.5, zorder=2)
+        tips = {}
+        for i, point in enumerate(points):
             on_it = point in best
+            tips[f"point-{i}"] = [f"{point.name}: {number(point.kld)}, {human_bytes(point.nbytes)}"]
             ax.scatter(
-                *place,
+                *place(point),
+                gid=f"point-{i}",
                 s=52,
                 facecolors=ACCENT if on_it else SURFACE,
                 edgecolors=ACCENT if on_it else MUTED,
                 linewidths=1.3,
                 zorder=3,
             )
-            _label(ax, point, place, on_it, right=place[0] < 0.65 * widest)
         log_axis(ax.yaxis, low, high)
         ax.margins(x=0.06)
         ax.set_xlabel(f"size in {unit}")
         ax.set_ylabel("mean KL divergence, nats a token")
-        return {}
+        place_labels(ax, labels, line, MUTED)
+        return tips
 
     caption = (
         "Mean KL divergence from the reference against size: the lower and the farther left, the "
@@ -82,19 +92,6 @@ def size_figure(title: str, points: Sequence[SizePoint]) -> Drawing:
     rows = [(p.name, p.nbytes, p.kld, p.error, "yes" if p in best else "no") for p in points]
     return render(
         "kld-size", title, caption, draw, ["model", "nbytes", "kld", "error", "frontier"], rows
-    )
-
-
-def _label(ax: Axes, point: SizePoint, place: tuple, on_it: bool, right: bool) -> None:
-    """The name beside its mark, where the frontier, which falls to the right, does not pass."""
-    ax.annotate(
-        printable(point.name, 40),
-        place,
-        xytext=(7 if right else -7, 5 if on_it == right else -11),
-        textcoords="offset points",
-        ha="left" if right else "right",
-        color=INK if on_it else MUTED,
-        fontsize=8.5,
     )
 
 
@@ -159,7 +156,7 @@ def change_figure(
 
     def draw(figure: Figure) -> Tips:
         n_rows = ceil(len(counts) / N_COLUMNS)
-        figure.set_size_inches(FIGURE_WIDTH, 0.5 + 1.75 * n_rows)
+        figure.set_size_inches(FIGURE_WIDTH, 0.5 + 1.85 * n_rows)
         axes = figure.subplots(n_rows, N_COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
         for ax, (name, found) in zip(axes, counts.items(), strict=False):
             percent = [100 * n / max(sum(found), 1) for n in found]
@@ -167,7 +164,16 @@ def change_figure(
             percent[middle] = 0
             colours = [LOSS if i < middle else GAIN for i in range(len(percent))]
             ax.bar(range(len(percent)), percent, width=0.9, color=colours)
-            ax.set_title(f"{printable(name, 24)}: {still:.0f} % hardly changed", fontsize=8.5)
+            ax.set_title(printable(name, 34), fontsize=8.5, pad=15)
+            ax.annotate(
+                f"{still:.0f} % hardly changed",
+                (0, 1),
+                xycoords="axes fraction",
+                xytext=(0, 4),
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=8,
+            )
             ticks = [0, 4, middle + 0.5, len(edges) - 5, len(edges) - 1]
             labels = [texts[0], texts[4], "0", f"+{texts[-5]}", f"+{texts[-1]}"]
             ax.set_xticks([tick - 0.5 for tick in ticks], labels)

@@ -6,9 +6,11 @@ others' results with it.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -52,7 +54,9 @@ def run_isolated(work: Callable, arguments: tuple, on_message: Callable) -> obje
 def _run(connection: Connection, work: Callable, arguments: tuple) -> None:
     """In the new process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     os.dup2(2, 1)  # stdout is the command's; libraries print there
+    logging.disable(logging.WARNING)  # what they advise is not for our users
     try:
         answer = "returned", work(*arguments, lambda *message: connection.send(message))
     except QwqQuantError as error:
@@ -65,6 +69,13 @@ def _run(connection: Connection, work: Callable, arguments: tuple) -> None:
         answer = "raised", BadInput.__name__, "It failed in a way that nobody foresaw.", why, ""
     with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
         connection.send(answer)
+
+
+def _end_with_parent(connection: Connection) -> None:
+    """A parent that was killed cannot end us; without one, nobody waits for what we do."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()  # it never says anything: this returns when its end is closed
+    os._exit(1)
 
 
 def _rebuilt(kind: str, what: str, why: str, next_step: str) -> QwqQuantError:

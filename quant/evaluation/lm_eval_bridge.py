@@ -4,10 +4,11 @@
     generation tasks   an answer drawn up to a stop text (GSM8K)
 
 lm-eval downloads the tasks' data from the hub. Tasks that run the model's programs (HumanEval) are
-refused: that is code which nobody has read.
+refused unless they are allowed: that is code which nobody has read.
 # ref: lm-evaluation-harness, lm_eval/api/model.py; docs/model_guide.md
 """
 
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -53,20 +54,23 @@ def _lm_eval():
 
 
 def run_tasks(
-    runner: Runner, tasks: Sequence[str | dict], limit: int | None
+    runner: Runner, tasks: Sequence[str | dict], limit: int | None, run_code: bool = False
 ) -> dict[str, dict[str, dict]]:
     """Task -> figure -> {"value", "error", "n"}. tasks: lm-eval's names, or its configurations.
 
-    limit: questions of each. Raises Unavailable without lm-eval or its data, BadInput for an
-    unknown task.
+    limit: questions of each. run_code: programs that the model writes may run, unconfined.
+    Raises Unavailable without lm-eval or its data, BadInput for an unknown task, or for one that
+    runs programs where they may not.
     """
     lm_eval = _lm_eval()
     from quant.evaluation.lm_eval_model import RunnerModel
 
+    if run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric itself asks for
     try:
         found = lm_eval.simple_evaluate(
             RunnerModel(runner), tasks=list(tasks), limit=limit, bootstrap_iters=0,
-            log_samples=False,
+            log_samples=False, confirm_run_unsafe_code=run_code,
         )  # fmt: skip
     except (OSError, ConnectionError) as error:
         raise Unavailable(
@@ -75,10 +79,13 @@ def run_tasks(
             "Run once with a network; what it downloads is kept.",
         ) from error
     except (ValueError, KeyError) as error:
+        runs_code = "unsafe" in str(error)
         raise BadInput(
             "lm-eval cannot run these tasks.",
             f"{type(error).__name__}: {printable(error)}.",
-            "Print the names it knows: lm-eval ls tasks",
+            "They run programs that the model writes. If that may be: --run-code"
+            if runs_code
+            else "Print the names it knows: lm-eval ls tasks",
         ) from error
     counts = found["n-samples"]
     return {

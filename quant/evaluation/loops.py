@@ -14,9 +14,10 @@ drawn, with the sampling settings of a recipe and with fixed seeds, and each is 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
+from itertools import islice, product
 
 import numpy as np
 
@@ -139,19 +140,21 @@ def answer_prompts(
     settings: Mapping[str, object],
     seeds: Sequence[int],
     limit: int,
-    on_answer: Callable[[int], object] = lambda n: None,
+    first: int = 0,
 ) -> Iterator[Answer]:
-    """Every prompt with every seed. settings: a profile's; limit: tokens of an answer."""
-    for prompt in prompts:
-        asked = runner.chat(prompt.text)
-        ids = runner.tokenize(asked, special=True)
+    """Every prompt with every seed, from the `first`-th answer on: none hangs on those before it.
+
+    settings: a profile's; limit: tokens of an answer. Raises BadInput if the chat template fails.
+    """
+    asked = runner.prompts([prompt.text for prompt in prompts])
+    wanted = product(zip(prompts, asked, strict=True), seeds)
+    for (prompt, text), seed in islice(wanted, first, None):
+        ids = runner.tokenize(text, special=True)
         if runner.bos is not None and (len(ids) == 0 or ids[0] != runner.bos):
             ids = np.concatenate([np.array([runner.bos], np.int32), ids])
-        for seed in seeds:
-            sampler = Sampler(settings, seed, runner.text)
-            tokens, stopped = generate(runner, ids, sampler, limit)
-            yield examine(runner, prompt.name, seed, asked, tokens, stopped)
-            on_answer(1)
+        sampler = Sampler(settings, seed, runner.text)
+        tokens, stopped = generate(runner, ids, sampler, limit)
+        yield examine(runner, prompt.name, seed, text, tokens, stopped)
 
 
 def examine(
@@ -218,32 +221,35 @@ class LoopReport:
     n_thoughts: int  # answers whose thought was closed
     thought_median: float | None  # tokens
     thought_longest: int | None
-    by_seed: dict[int, dict[str, float]]  # seed -> endless and looping
+    by_seed: dict[int, dict[str, float | None]]  # endless looping repeated thought_median
 
 
 def sum_up(answers: Sequence[Answer], profile: str, limit: int) -> LoopReport:
-    """Raises ValueError without answers."""
-    thoughts = [a.thought for a in answers if a.thought is not None]
-    by_seed = {}
-    for seed in sorted({a.seed for a in answers}):
-        with_seed = [a for a in answers if a.seed == seed]
-        by_seed[seed] = {
-            "endless": _rate(with_seed, "endless"),
-            "looping": _rate(with_seed, "loops"),
-        }
+    """Of at least one answer."""
+    thoughts = _thoughts(answers)
     return LoopReport(
         profile=profile,
         limit=limit,
         n_answers=len(answers),
-        endless=_rate(answers, "endless"),
-        looping=_rate(answers, "loops"),
-        repeated=float(np.mean([a.repeated for a in answers])),
+        **_rates(answers),
         n_thoughts=len(thoughts),
-        thought_median=float(np.median(thoughts)) if thoughts else None,
         thought_longest=max(thoughts, default=None),
-        by_seed=by_seed,
+        by_seed={
+            seed: _rates([a for a in answers if a.seed == seed])
+            for seed in sorted({a.seed for a in answers})
+        },
     )
 
 
-def _rate(answers: Sequence[Answer], what: str) -> float:
-    return sum(getattr(a, what) for a in answers) / len(answers)
+def _rates(answers: Sequence[Answer]) -> dict[str, float | None]:
+    thoughts = _thoughts(answers)
+    return {
+        "endless": float(np.mean([a.endless for a in answers])),
+        "looping": float(np.mean([a.loops for a in answers])),
+        "repeated": float(np.mean([a.repeated for a in answers])),
+        "thought_median": float(np.median(thoughts)) if thoughts else None,
+    }
+
+
+def _thoughts(answers: Sequence[Answer]) -> list[int]:
+    return [a.thought for a in answers if a.thought is not None]

@@ -8,8 +8,9 @@ PositionScores. Both are written window by window, and a run that was interrupte
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from quant import __version__
 from quant.display import human_bytes, printable
 from quant.durable import write_whole
 from quant.errors import BadInput, OutputFailed
+from quant.evaluation.answer_file import AnswerFile
 from quant.evaluation.base_file import (
     BaseFile,
     base_file_nbytes,
@@ -29,8 +31,8 @@ from quant.evaluation.base_file import (
 from quant.evaluation.chunks import Chunks, cut_chunks
 from quant.evaluation.divergence import PositionScores, nll_of
 from quant.evaluation.isolation import Say
-from quant.evaluation.loops import Prompt, answer_prompts, sum_up
-from quant.evaluation.questions import Question, ask
+from quant.evaluation.loops import Answer, Prompt, answer_prompts, sum_up
+from quant.evaluation.questions import Question, ask, grade
 from quant.evaluation.runners import Runner, open_runner
 from quant.evaluation.window_file import WindowFile
 from quant.texts import Texts
@@ -52,7 +54,8 @@ class Loops:
 
     @property
     def n_answers(self) -> int:
-        return len(self.prompts) * len(self.profiles) * len(self.seeds)
+        """With one profile."""
+        return len(self.prompts) * len(self.seeds)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Wishes:
     questions: tuple[Question, ...] = ()
     tasks: tuple[str, ...] = ()  # lm-eval's names
     task_limit: int | None = None  # documents of each
+    run_code: bool = False  # of tasks that run what a model writes
+    device: str = "auto"  # of folders; llama.cpp uses what it was built for
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Reference:
     base: Path
     nll: Path | None  # float64 of every position; None where there is only a base file
     categories: tuple[str, ...]  # of each window
+    n_weights: int | None = None  # None where there is only a base file
 
 
 @dataclass
@@ -110,6 +116,11 @@ def fingerprint(path: Path) -> tuple:
     return str(path.resolve()), tuple((name, s.st_size, s.st_mtime_ns) for name, s in status)
 
 
+def _identity(path: Path, wishes: Wishes) -> tuple:
+    """What a model's figures hang on, besides what it is asked."""
+    return fingerprint(path), wishes.device if path.is_dir() else ""
+
+
 # --- the reference ----------------------------------------------------------------------------
 
 
@@ -120,10 +131,14 @@ def measure_reference(
 
     Raises BadInput, Unavailable, OutputFailed if the disk has too little room.
     """
-    with open_runner(path) as runner:
+    with open_runner(path, wishes.device) as runner:
         chunks = cut_chunks(runner, wishes.texts, wishes.n_ctx, wishes.n_tokens)
-        key = key_of(fingerprint(path), hashlib.sha256(chunks.inputs.tobytes()).hexdigest())
-        reference = Reference(folder / f"{key}.kld", folder / f"{key}.nll", chunks.categories)
+        _warn_of_long_windows(runner, wishes.n_ctx, say)
+        _try_template(runner, wishes)
+        key = key_of(_identity(path, wishes), hashlib.sha256(chunks.inputs.tobytes()).hexdigest())
+        reference = Reference(
+            folder / f"{key}.kld", folder / f"{key}.nll", chunks.categories, _n_weights(path)
+        )
         _announce(reference.base, base_file_nbytes(chunks, runner.n_vocab), say)
         with (
             WindowFile(
@@ -140,6 +155,27 @@ def measure_reference(
                 nll.append(nll_of(logits, targets).tobytes())
                 rows.append(encode_rows(logits).tobytes())
         return reference, _answers(runner, path, wishes, folder, say)
+
+
+def _warn_of_long_windows(runner: Runner, n_ctx: int, say: Say) -> None:
+    if runner.n_ctx_trained is not None and n_ctx > runner.n_ctx_trained:
+        say(
+            "note",
+            f"Windows of {n_ctx} tokens are longer than the {runner.n_ctx_trained} that "
+            f"{printable(runner.name)} was made for: it reads their ends badly.",
+        )
+
+
+def _n_weights(path: Path) -> int:
+    """Of a model that has been opened."""
+    if path.is_dir():
+        from quant.evaluation.runners.stored import count_weights, find_weights
+
+        weights = find_weights(path)
+        return 0 if weights is None else count_weights(weights)
+    from quant.gguf_file import open_gguf
+
+    return sum(tensor.n_weights for tensor in open_gguf(path).tensors.values())
 
 
 def _announce(base: Path, nbytes: int, say: Say) -> None:
@@ -182,13 +218,15 @@ def measure_candidate(
     """
     base = BaseFile.open(reference.base)
     n_scored = base.chunks(None).n_scored
-    scores = folder / f"{key_of(fingerprint(path), _identity(reference))}.scores"
+    key = key_of(_identity(path, wishes), _reference_identity(reference))
+    scores = folder / f"{key}.scores"
     answers = _answers_path(path, wishes, folder)
     n_bytes = SCORES.itemsize * n_scored * len(base.tokens)
     if scores.exists() and scores.stat().st_size == n_bytes and answers.exists():
         return scores, _read_answers(answers)
-    with open_runner(path) as runner:
+    with open_runner(path, wishes.device) as runner:
         _check_vocabulary(runner, base, reference, wishes)
+        _try_template(runner, wishes)
         chunks = base.chunks(runner.bos)
         with WindowFile(scores, b"", SCORES.itemsize * n_scored) as done:
             first = done.n_records
@@ -198,7 +236,7 @@ def measure_candidate(
         return scores, _answers(runner, path, wishes, folder, say)
 
 
-def _identity(reference: Reference) -> tuple:
+def _reference_identity(reference: Reference) -> tuple:
     """What tells one reference from another: our own base file is named by a hash of it."""
     if reference.nll is not None:
         return (reference.base.stem,)
@@ -253,7 +291,14 @@ def read_scores(path: Path, n_scored: int) -> list[PositionScores]:
 
 def _answers_path(path: Path, wishes: Wishes, folder: Path) -> Path:
     asked = wishes.loops, wishes.questions, wishes.tasks, wishes.task_limit
-    return folder / f"{key_of(fingerprint(path), asked)}.answers.json"
+    return folder / f"{key_of(_identity(path, wishes), asked)}.answers.json"
+
+
+def _try_template(runner: Runner, wishes: Wishes) -> None:
+    """Raise BadInput for a chat template that fails, before hours of reading."""
+    prompts = wishes.loops.prompts if wishes.loops else ()
+    asked = [*(p.text for p in prompts), *(q.question for q in wishes.questions)]
+    runner.prompts(asked)
 
 
 def _answers(runner: Runner, path: Path, wishes: Wishes, folder: Path, say: Say) -> Answers:
@@ -262,21 +307,28 @@ def _answers(runner: Runner, path: Path, wishes: Wishes, folder: Path, say: Say)
     if kept.exists():
         return _read_answers(kept)
     answers = Answers()
-    if wishes.loops:
-        loops = wishes.loops
-        say("begin", f"{printable(runner.name)} answers", loops.n_answers)
+
+    def given(
+        what: str, n: int, about: tuple, draw: Callable[[int], Iterator[Answer]]
+    ) -> list[Answer]:
+        """All n answers; those of a run before are on the disk, draw(first) draws the others."""
+        key = key_of(_identity(path, wishes), about)
+        with AnswerFile(folder / f"{key}.answers.jsonl") as file:
+            say("begin", f"{printable(runner.name)} {what}", n - len(file.answers))
+            for answer in draw(len(file.answers)):
+                file.append(answer)
+                say("advance", 1)
+        return file.answers
+
+    if loops := wishes.loops:
         for name, settings in loops.profiles.items():
-            found = list(
-                answer_prompts(
-                    runner, loops.prompts, settings, loops.seeds, loops.limit,
-                    lambda n: say("advance", n),
-                )
-            )  # fmt: skip
+            asked = runner, loops.prompts, settings, loops.seeds, loops.limit
+            found = given("answers", loops.n_answers, asked[1:], partial(answer_prompts, *asked))
             answers.loops.append(asdict(sum_up(found, name, loops.limit)))
             answers.texts += [{"profile": name, **asdict(answer)} for answer in found]
-    if wishes.questions:
-        say("begin", f"{printable(runner.name)} is asked", len(wishes.questions))
-        report = ask(runner, wishes.questions, lambda n: say("advance", n))
+    if questions := wishes.questions:
+        found = given("is asked", len(questions), questions, partial(ask, runner, questions))
+        report = grade(questions, found)
         match = report.exact_match
         answers.questions = {
             **asdict(report), "exact_match": {"value": match.value, "error": match.error}
@@ -285,7 +337,7 @@ def _answers(runner: Runner, path: Path, wishes: Wishes, folder: Path, say: Say)
         from quant.evaluation.lm_eval_bridge import run_tasks
 
         say("note", f"{printable(runner.name)} does {', '.join(wishes.tasks)} in lm-eval.")
-        answers.tasks = run_tasks(runner, wishes.tasks, wishes.task_limit)
+        answers.tasks = run_tasks(runner, wishes.tasks, wishes.task_limit, wishes.run_code)
     write_whole(kept, json.dumps(asdict(answers)).encode())
     return _read_answers(kept)  # as a run that goes on has them: JSON's keys are text
 

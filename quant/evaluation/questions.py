@@ -5,7 +5,7 @@ greedily, and right if what stands behind </think> is the answer to the letter. 
 are in examples/tiny-qwq/questions.jsonl: sums, differences, counting letters, maxima, sorting.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from quant.display import printable
 from quant.errors import BadInput
 from quant.evaluation.divergence import Estimate
-from quant.evaluation.loops import CLOSE, Prompt, answer_prompts
+from quant.evaluation.loops import CLOSE, Answer, Prompt, answer_prompts
 from quant.evaluation.runners import Runner
 from quant.evaluation.sampler import GREEDY
 from quant.strict_files import open_regular, parse_json
@@ -72,14 +72,14 @@ def read_questions(path: Path) -> list[Question]:
     return found
 
 
-def ask(
-    runner: Runner,
-    questions: Sequence[Question],
-    on_answer: Callable[[int], object] = lambda n: None,
-) -> QuestionReport:
-    """Every question, greedily."""
+def ask(runner: Runner, questions: Sequence[Question], first: int = 0) -> Iterator[Answer]:
+    """Answers to the questions from the `first`-th on, drawn greedily."""
     prompts = [Prompt("", question.question) for question in questions]
-    answers = list(answer_prompts(runner, prompts, GREEDY, [0], LIMIT, on_answer))
+    return answer_prompts(runner, prompts, GREEDY, [0], LIMIT, first)
+
+
+def grade(questions: Sequence[Question], answers: Sequence[Answer]) -> QuestionReport:
+    """How many of the answers, one to each question, are right."""
     right = sum(
         final_text(answer.text) == question.answer.strip()
         for answer, question in zip(answers, questions, strict=True)

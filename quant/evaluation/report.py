@@ -144,15 +144,17 @@ def _overview(evaluation: Evaluation, drawings: dict[str, Drawing]) -> Section:
     best = {point.name for point in frontier(_points(candidates))}
     reference = evaluation.reference
     columns = (
-        "model", "size", "bits per weight", "perplexity", "mean KLD", "RMS Δp", "same top token"
+        "model", "size", "bits", "perplexity", "mean KLD", "RMS Δp", "same top"
     )  # fmt: skip
     rows = [
         [c.name, Number(c.nbytes, human_bytes(c.nbytes)), _bits(c), *_figures(c.statistics)]
         for c in candidates
     ]
     caption = (
-        "KL divergences are in nats a token; ± is one standard error. Marked rows are on the "
-        "frontier: no other candidate is both smaller and nearer to the reference."
+        "Bits are those of the files for each weight of the reference. KL divergences are in nats "
+        "a token; ± is one standard error. Same top: how often both think the same token likeliest."
+        " Marked rows are on the frontier: no other candidate is both smaller and nearer to the "
+        "reference."
     )
     marked = [i for i, c in enumerate(candidates) if c.name in best]
     nearest = min(candidates, key=lambda c: c.statistics.kld.value)
@@ -164,14 +166,14 @@ def _overview(evaluation: Evaluation, drawings: dict[str, Drawing]) -> Section:
             f"perplexity {_plus_minus(reference.ppl, '.3f')}",
         ),
         (
-            f"{nearest.statistics.kld.value:.5f}",
+            decimals(nearest.statistics.kld.value, 5),
             f"nats, the least divergence: {nearest.name}",
             size_text(nearest.nbytes, nearest.bits_per_weight),
         ),
         (
             human_bytes(smallest.nbytes),
             f"the smallest: {smallest.name}",
-            f"diverges by {smallest.statistics.kld.value:.5f} nats",
+            f"diverges by {decimals(smallest.statistics.kld.value, 5)} nats",
         ),
     ]
     return Section(
@@ -191,7 +193,7 @@ def _percentiles(candidates: Sequence[Measured]) -> str:
     rows = []
     for c in candidates:
         of = c.statistics.kld_percentiles
-        rows.append([c.name, *(Number(of[p], f"{of[p]:.5f}") for p in shown)])
+        rows.append([c.name, *(Number(of[p], decimals(of[p], 5)) for p in shown)])
     caption = "KL divergence at single positions: so many of them diverge by no more than this."
     return table(columns, rows, caption)
 
@@ -213,7 +215,13 @@ def _bits(model: Measured) -> Number:
 def divergence(kld: Estimate) -> str:
     """ "0.00541 ± 0.00013": five decimals, up to seven where the error needs them."""
     digits = min(max(5, -floor(log10(kld.error))), 7) if kld.error > 0 else 5
-    return f"{kld.value:.{digits}f} ± {kld.error:.{digits}f}"
+    return f"{decimals(kld.value, digits)} ± {kld.error:.{digits}f}"
+
+
+def decimals(x: float, digits: int) -> str:
+    """Rounded; what rounds to zero has no sign. Stored in 16 bits, a divergence may be -1e-9."""
+    text = f"{x:.{digits}f}"
+    return text if float(text) else text.lstrip("-")
 
 
 def _plus_minus(x: Estimate, digits: str) -> str:
@@ -251,8 +259,8 @@ def _changes(evaluation: Evaluation, drawing: Drawing) -> Section:
 def _loops(models: Sequence[Measured], evaluation: Evaluation) -> Section:
     settings = evaluation.settings["loops"]
     columns = (
-        "model", "sampling", "answers", "endless", "looping", "repeated text", "thoughts closed",
-        "median thought", "longest thought",
+        "model", "sampling", "answers", "endless", "looping", "repeated", "thoughts", "median",
+        "longest",
     )  # fmt: skip
     rows = []
     for model in models:
@@ -274,17 +282,27 @@ def _loops(models: Sequence[Measured], evaluation: Evaluation) -> Section:
         "row that stood in the answer before."
     )
     by_seed = [
-        [model.name, report["profile"], seed, _percent(of["endless"]), _percent(of["looping"])]
+        [
+            model.name,
+            report["profile"],
+            seed,
+            *(_percent(of[key]) for key in ("endless", "looping", "repeated")),
+            _tokens(of["thought_median"]),
+        ]
         for model in models
         for report in model.answers.loops
         for seed, of in report["by_seed"].items()
     ]
-    by_seed_columns = ("model", "sampling", "seed", "endless", "looping")
+    by_seed_columns = ("model", "sampling", "seed", "endless", "looping", "repeated", "median")
+    caption = (
+        "Answers in sum. Thoughts: how many ended, and the median and the longest of them in "
+        "tokens."
+    )
     return Section(
         "Does it stop",
         [
             prose(text),
-            table(columns, rows, "Answers in sum. Thoughts in tokens."),
+            table(columns, rows, caption),
             table(by_seed_columns, by_seed, "The same by seed."),
         ],
     )

@@ -13,7 +13,10 @@ int32, the first in its lowest bits:
 In checkpoint format "gptq" qzeros holds zero - 1, an accident that all readers undo; so it cannot
 say zero point 0, which an asymmetric group without negative weights has. Format "gptq_v2" holds
 zero itself. Symmetric weights (zero = 2^(bits - 1) everywhere) are written as "gptq", which vLLM
-takes; asymmetric ones as "gptq_v2", since GPTQModel refuses them as "gptq" unless it wrote them.
+takes; asymmetric ones as "gptq_v2", since GPTQModel (7.6.0 still) refuses them as "gptq" unless it
+wrote them, and transformers loads either.
+GPTQModel takes the ones from whole words and adds them so again; a zero point 0 then borrows from
+its neighbour and pays back. AutoGPTQ spoils the neighbours of a 0 when it writes one.
 
 # ref: AutoGPTQ 0.7.1, nn_modules/qlinear/qlinear_cuda_old.py, pack and forward;
 # GPTQModel, models/loader.py and utils/model.py, convert_gptq_v1_to_v2_format
@@ -38,6 +41,7 @@ class Gptq:
     bits: int = 4
     group_size: int = 128  # or WHOLE_ROW
     symmetric: bool = True
+    stored_as: str = ""  # "gptq" or "gptq_v2", of others' folders; "" is what we write
 
     def __post_init__(self):
         if self.bits not in BITS:
@@ -47,12 +51,12 @@ class Gptq:
 
     @property
     def checkpoint_format(self) -> str:
-        return "gptq" if self.symmetric else "gptq_v2"
+        return self.stored_as or ("gptq" if self.symmetric else "gptq_v2")
 
     @property
     def _offset(self) -> int:
         """What is subtracted from a zero point before it is stored."""
-        return 1 if self.symmetric else 0
+        return 1 if self.checkpoint_format == "gptq" else 0
 
     @property
     def per_word(self) -> int:
@@ -124,7 +128,9 @@ class Gptq:
         """float32 (rows, columns). Raises ValueError for parts of another format or shape."""
         self._check_parts(parts, shape)
         group = parts["g_idx"]
-        zero = self._unpack(parts["qzeros"].T).T.astype(np.float32) + np.float32(self._offset)
+        ones = 0xFFFFFFFF // ((1 << self.bits) - 1)  # 0x11111111: a one in each code of a word
+        words = parts["qzeros"].view(np.uint32) + np.uint32(self._offset * ones)
+        zero = self._unpack(words.T).T.astype(np.float32)
         w = self._unpack(parts["qweight"]).astype(np.float32)  # (columns, rows)
         w -= zero[group]
         w *= parts["scales"].astype(np.float32)[group]

@@ -6,6 +6,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +21,16 @@ from quant import errors
 from quant.cli.evaluate import command
 from quant.errors import BadInput, CannotCreate, OutputFailed
 from quant.evaluation import evaluate as evaluation_room
+from quant.evaluation import measuring
 from quant.evaluation.base_file import encode_header, encode_rows
 from quant.evaluation.chunks import cut_chunks
 from quant.evaluation.evaluate import WORK, Model, evaluate
 from quant.evaluation.isolation import run_isolated
 from quant.evaluation.measuring import Wishes
+from quant.evaluation.questions import Question
 from quant.evaluation.runners import open_runner
 from quant.evaluation.window_file import WindowFile
+from quant.gguf_file import open_gguf
 from quant.texts import held_out_texts
 
 CATEGORIES = ("code", "english", "reasoning", "language")
@@ -60,13 +66,14 @@ def wishes() -> Wishes:
     return Wishes(held_out_texts(), N_CTX, N_TOKENS)
 
 
-def measure(models, names, wishes, output, listener=None, reference="F32"):
+def measure(models, names, wishes, output, listener=None, reference="F32", **options):
     return evaluate(
         Model(reference, models[reference]),
         [Model(name, models[name]) for name in names],
         wishes,
         output,
         listener or Silent(),
+        **options,
     )
 
 
@@ -112,15 +119,71 @@ def test_bad_candidates_are_named_and_the_rest_reported(models, wishes, tmp_path
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:2000]
     (swapped / "tokenizer.json").write_text(json.dumps(tokenizer))
     bad = {"no": tmp_path / "no.gguf", "small": tmp_path / "small", "swapped": swapped}
+    bad |= {"nan": with_nan(models["Q8_0"], tmp_path / "nan.gguf")}
+    bad |= {"hostile": with_hostile_template(tiny_qwq, tmp_path / "hostile")}
     listener = Silent()
-    found = measure(models | bad, ["no", "Q8_0", "small", "swapped"], wishes, tmp_path / "r",
-                    listener)  # fmt: skip
+    wishes = replace(wishes, questions=(Question("What is 1 + 1?", "1 + 1 = 2"),))
+    names = ["no", "Q8_0", "small", "swapped", "nan", "hostile"]
+    found = measure(models | bad, names, wishes, tmp_path / "r", listener)
     assert [c.name for c in found.candidates] == ["Q8_0"]
     said = {failed.name: str(failed.error) for failed in found.failed}
     assert "GGUF" in said["no"] and "4095 tokens instead of 4096" in said["small"]
-    assert "other tokens" in said["swapped"]
-    assert sum("left out" in note for note in listener.notes) == 3
+    assert "other tokens" in said["swapped"] and "invalid data" in said["nan"]
+    assert "chat template" in said["hostile"] and "512 MiB" in said["hostile"]
+    assert sum("left out" in note for note in listener.notes) == 5
+    assert "hostile.gguf reads" not in dict(listener.begun)  # it was tried first
     assert (tmp_path / "r" / WORK).is_dir()  # for the run in which they are mended
+
+
+def with_nan(path: Path, output: Path) -> Path:
+    """A copy with one NaN in its last norm."""
+    raw = bytearray(path.read_bytes())
+    offset = open_gguf(path).tensors["output_norm.weight"].offset
+    raw[offset : offset + 4] = np.float32(np.nan).tobytes()
+    output.write_bytes(raw)
+    return output
+
+
+def with_hostile_template(source: Path, folder: Path) -> Path:
+    """A GGUF of a model whose chat template asks for 10 GB."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ 'a' * 10**10 }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return to_gguf(folder, "Q8_0", folder / "hostile.gguf")
+
+
+def test_windows_longer_than_the_model_was_made_for_are_noted(models, tiny_qwq):
+    said = []
+    for path in (models["Q8_0"], tiny_qwq):
+        with open_runner(path) as runner:
+            for n_ctx in (2048, 2049):
+                measuring._warn_of_long_windows(runner, n_ctx, lambda *what: said.append(what))
+    assert len(said) == 2 and all("2049 tokens" in s[1] and "2048" in s[1] for s in said)
+
+
+def test_nothing_is_left_behind_by_what_is_refused(models, wishes, tmp_path):
+    with pytest.raises(BadInput, match="too short"):
+        measure(models, [], replace(wishes, n_ctx=90_000), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BadInput, match="too short"):
+        measure(models, [], replace(wishes, n_ctx=90_000), tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir() and not list((tmp_path / "mine").iterdir())
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(models, tmp_path):
+    with pytest.raises(errors.Unavailable, match="meta2"):
+        run_command(models["F32"], models["Q8_0"], "-o", tmp_path / "r", "--device", "meta2")
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_candidates_are_told_first(models, tmp_path):
+    done = run_command(models["F32"], tmp_path / "none.gguf", "-o", tmp_path / "r", "--tokens",
+                       300, "--context", 64, "--device", "cpu")  # fmt: skip
+    assert done.return_value == 65
+    assert done.stderr.index("none.gguf is left out") < done.stderr.index("take")
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["settings"]["device"] == "cpu"
 
 
 def test_a_text_shorter_than_a_window(models, tmp_path, wishes):
@@ -151,6 +214,9 @@ def test_llama_cpps_base_file_can_be_the_reference(models, wishes, tmp_path):
     assert found.candidates[0].bits_per_weight is None
     assert found.reference.ppl.value <= own.reference.ppl.value  # its tail is cut off
     assert path.exists() and found.text["sha256"] is None
+    kept = tmp_path / "kept.kld"
+    measure(models, ["Q4_0"], wishes, tmp_path / "r3", base_file=kept)
+    assert kept.read_bytes() == path.read_bytes()
 
 
 def test_an_interrupted_run_goes_on(models, wishes, tmp_path):
@@ -185,8 +251,6 @@ def _made(folder: Path) -> Path:
 
 
 def test_too_little_disk_is_said_before_any_work(models, wishes, tmp_path, monkeypatch):
-    from quant.evaluation import measuring
-
     monkeypatch.setattr(
         measuring.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9)
     )
@@ -236,6 +300,28 @@ def test_a_process_that_fails(work, message):
     with pytest.raises(BadInput) as caught:
         run_isolated(work, (), lambda *m: None)
     assert message in str(caught.value)
+
+
+def test_a_process_ends_with_its_parent(tmp_path):
+    """Killed, a parent can end nothing; a model of 20 GB must not stay behind."""
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+        "from evaluation_helpers import sleep_long; from quant.evaluation.isolation import *; "
+        "run_isolated(sleep_long, (Path(sys.argv[2]),), print)"
+    )
+    file = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(ROOT / "tests"), str(file)])
+    while parent.poll() is None and not (file.exists() and file.read_text()):
+        time.sleep(0.01)
+    child = Path("/proc") / file.read_text()
+    parent.kill()
+    parent.wait()
+    for _ in range(500):  # 5 s; an orphan's death is seen when init has reaped it
+        state = child / "stat"
+        if not state.exists() or ") Z " in state.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail("it is still there")
 
 
 def test_every_error_survives_the_way_between_processes():
@@ -311,7 +397,7 @@ def test_the_tables_fit_80_columns(report):
     lines = (report / "stdout.txt").read_text().splitlines()
     assert max(map(len, lines[:-1])) <= 80
     text = "\n".join(lines)
-    for part in ("mean KLD", "same top", "Mean KLD by kind of text", "endless", "exact match",
+    for part in ("mean KLD", "top-1", "Mean KLD by kind of text", "endless", "exact match",
                  "bad<b>.gguf was left out", "reference"):  # fmt: skip
         assert part in text, part
 
@@ -342,6 +428,8 @@ def test_divergences_are_shown_as_finely_as_they_are_known():
     assert divergence(Estimate(0.00016412, 0.0000023)) == "0.000164 ± 0.000002"
     assert divergence(Estimate(3.3e-7, 1.2e-10)) == "0.0000003 ± 0.0000000"
     assert divergence(Estimate(0, 0)) == "0.00000 ± 0.00000"
+    assert divergence(Estimate(-2e-9, 1e-9)) == "0.0000000 ± 0.0000000"
+    assert divergence(Estimate(-0.5, 0.1)) == "-0.50000 ± 0.10000"
 
 
 def test_a_report_that_exists_is_not_replaced(report, models, tiny_qwq):
@@ -369,11 +457,12 @@ def test_candidates_of_the_same_name_are_told_apart(models, tmp_path):
     (tmp_path / "a").mkdir()
     shutil.copy(models["Q8_0"], tmp_path / "a" / "F32.gguf")
     done = run_command(
-        models["F32"], models["F32"], tmp_path / "a" / "F32.gguf", "-o", tmp_path / "r",
+        models["F32"], models["F32"], tmp_path / "a" / "F32.gguf", models["F32"], "-o",
+        tmp_path / "r",
         "--tokens", 300, "--context", 64, "--format", "json",
     )  # fmt: skip
     names = [c["name"] for c in json.loads(done.stdout)["candidates"]]
-    assert names == [str(models["F32"]), str(tmp_path / "a" / "F32.gguf")]
+    assert names == [f"{models['F32'].parent.name}/F32.gguf", "a/F32.gguf"]
 
 
 # --- in a browser -----------------------------------------------------------------------------

@@ -109,6 +109,13 @@ def test_an_unknown_task(runner, tasks):
         run_tasks(runner, ["no-such-task"], None)
 
 
+def test_what_a_model_writes_is_run_only_where_that_is_allowed(runner, tasks):
+    (task,) = ({**task, "unsafe_code": True} for task in tasks[:1])
+    with pytest.raises(BadInput, match="--run-code"):
+        run_tasks(runner, [task], 1)
+    assert run_tasks(runner, [task], 1, run_code=True)["choice"]["acc"]["n"] == 1
+
+
 def test_without_lm_eval(runner, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     for run in (lambda: check_tasks(["gsm8k"]), lambda: run_tasks(runner, ["gsm8k"], None)):

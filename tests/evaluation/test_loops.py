@@ -20,7 +20,7 @@ from quant.evaluation.loops import (
     repeated_share,
     sum_up,
 )
-from quant.evaluation.questions import Question, ask, final_text, read_questions
+from quant.evaluation.questions import Question, ask, final_text, grade, read_questions
 from quant.evaluation.runners import open_runner
 from quant.recipe import find_profile
 
@@ -145,7 +145,11 @@ def test_a_good_model_stops(good):
     assert report.endless == report.looping == 0 and report.repeated < 0.05
     assert report.n_answers == 10 and report.n_thoughts == 10
     assert 5 < report.thought_median <= report.thought_longest < LIMIT
-    assert report.by_seed == {s: {"endless": 0.0, "looping": 0.0} for s in (1, 2)}
+    assert set(report.by_seed) == {1, 2}
+    for seed, of in report.by_seed.items():
+        thoughts = [a.thought for a in answers if a.seed == seed]
+        assert of["thought_median"] == np.median(thoughts) and len(thoughts) == 5
+        assert of["endless"] == of["looping"] == 0 and of["repeated"] < 0.05
     by_name = {a.prompt: final_text(a.text) for a in answers}
     assert by_name["sum"] == "47 + 85 = 132"
 
@@ -169,7 +173,7 @@ def test_the_same_seed_gives_the_same_answers(good):
 def test_both_engines_ask_alike(tiny_qwq, good):
     asked = "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     with open_runner(tiny_qwq) as a, open_runner(good) as b:
-        assert a.chat("What is 3 + 4?") == b.chat("What is 3 + 4?") == asked
+        assert a.prompts(["What is 3 + 4?"] * 2) == b.prompts(["What is 3 + 4?"] * 2) == 2 * [asked]
 
 
 def test_a_model_without_a_chat_template_is_given_the_text(tiny_qwq, tmp_path):
@@ -182,7 +186,7 @@ def test_a_model_without_a_chat_template_is_given_the_text(tiny_qwq, tmp_path):
         open_runner(folder) as a,
         open_runner(to_gguf(folder, "Q8_0", tmp_path / "m.gguf")) as b,
     ):
-        assert a.chat("Hello") == b.chat("Hello") == "Hello"
+        assert a.prompts(["Hello"]) == b.prompts(["Hello"]) == ["Hello"]
 
 
 def test_thoughts_are_measured_from_where_they_open(good):
@@ -205,14 +209,15 @@ def test_thoughts_are_measured_from_where_they_open(good):
 def test_questions(good, looping, tiny_qwq):
     questions = read_questions(tiny_qwq / "questions.jsonl")
     assert len(questions) == 300
-    seen = []
     with open_runner(good) as runner:
-        report = ask(runner, questions[:40], seen.append)
-        wrong = ask(runner, [Question(q.question, "no") for q in questions[:3]])
-    assert report.n_questions == len(seen) == 40 and report.n_right >= 36
+        answers = list(ask(runner, questions[:40]))
+        assert list(ask(runner, questions[:40], first=38)) == answers[38:]
+    report = grade(questions[:40], answers)
+    wrong = grade([Question(q.question, "no") for q in questions[:3]], answers[:3])
+    assert report.n_questions == 40 and report.n_right >= 36
     assert report.exact_match.value == report.n_right / 40 and wrong.n_right == 0
     with open_runner(looping) as runner:
-        lost = ask(runner, questions[:1])
+        lost = grade(questions[:1], list(ask(runner, questions[:1])))
     assert (lost.n_right, lost.n_endless) == (0, 1)
 
 

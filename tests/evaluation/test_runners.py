@@ -13,7 +13,10 @@ from evaluation_helpers import to_gguf
 from quant.errors import BadInput, InputMissing, QwqQuantError, Unavailable
 from quant.evaluation.chunks import Chunks, cut_chunks
 from quant.evaluation.comparison import compare
+from quant.evaluation.runners import folder as folder_room
 from quant.evaluation.runners import open_runner
+from quant.evaluation.runners.stored import count_weights, find_weights
+from quant.evaluation.runners.streamed import StreamedRunner
 from quant.texts import read_texts
 
 PROMPT = "<|im_start|>user\nWhat is 33 + 89?<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -124,8 +127,8 @@ def test_a_model_that_wants_bos(tiny_qwq, tmp_path):
         assert 4091 not in a.tokenize("Some text", True)
 
 
-def test_bitsandbytes(tiny_qwq, texts, tmp_path):
-    """Plain NF4 loses what shared/fixtures says it loses, about .011."""
+def test_bitsandbytes(tiny_qwq, texts, tmp_path, monkeypatch):
+    """Plain NF4 loses what shared/fixtures says it loses, about .011; layer by layer the same."""
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -141,7 +144,17 @@ def test_bitsandbytes(tiny_qwq, texts, tmp_path):
     with open_runner(tiny_qwq) as a, open_runner(tmp_path / "nf4") as b:
         chunks = cut_chunks(a, read_texts(texts / "heldout.jsonl"), 256, n_tokens=1500)
         found = compare(a, b, chunks)
-    assert 0.005 < found.kld.value < 0.02
+        assert 0.005 < found.kld.value < 0.02
+        monkeypatch.setattr(folder_room, "_free_memory", lambda device: 14_000_000)
+        with open_runner(tmp_path / "nf4") as c:  # 2.5 MB of it stay packed: it fits
+            assert isinstance(c, folder_room.FolderRunner)
+        monkeypatch.setattr(folder_room, "_free_memory", lambda device: 11_000_000)
+        with open_runner(tmp_path / "nf4") as c:
+            assert isinstance(c, StreamedRunner)
+            same = compare(b, c, chunks)
+            # bitsandbytes decodes to float32 here, and we to the bfloat16 that it decodes to in use
+            assert same.kld.value < 1e-5 and same.same_top.value > 0.995
+    assert count_weights(find_weights(tmp_path / "nf4")) == count_weights(find_weights(tiny_qwq))
 
 
 def test_layer_by_layer(tiny_qwq, f32, texts, monkeypatch):

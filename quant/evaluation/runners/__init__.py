@@ -4,7 +4,7 @@ A runner is a context manager, so that a 20 GB model leaves memory before the ne
 An engine is one file here, and one line in `open_runner`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,13 +18,14 @@ class Runner(Protocol):
     n_vocab: int  # rows of the output matrix
     bos: int | None  # put before every text by this model; None if it puts none
     eos: tuple[int, ...]  # tokens that end an answer; the tokenizer's own first
+    n_ctx_trained: int | None  # the longest text it was made for, as its config says
 
     def tokenize(self, text: str, special: bool) -> np.ndarray:
         """Token ids, int32 (n,), the BOS not among them. special: <|im_start|> is one token."""
 
-    def chat(self, message: str) -> str:
-        """The prompt that a user's message becomes by the model's chat template, up to where the
-        answer begins; the message itself if it has none."""
+    def prompts(self, messages: Sequence[str]) -> list[str]:
+        """What users' messages become by the model's chat template, each alone, up to where the
+        answer begins; the messages themselves if it has none. Raises BadInput if it fails."""
 
     def text(self, tokens: list[int]) -> str:
         """What the tokens spell, special ones too."""

@@ -7,7 +7,7 @@ after the other, so that a run gives the same bits again.
 import ctypes
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from quant.display import printable
 from quant.errors import BadInput, Unavailable
+from quant.evaluation.prompts import render_prompts
 from quant.gguf_file import open_gguf
 
 BATCH = 512
@@ -88,6 +89,7 @@ class GgufRunner:
             )
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab = self._llama.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx_trained = self._llama.llama_model_n_ctx_train(self._model)
         wants_bos = self._llama.llama_vocab_get_add_bos(self._vocab)
         self.bos = self._llama.llama_vocab_bos(self._vocab) if wants_bos else None
         first = self._llama.llama_vocab_eos(self._vocab)
@@ -112,17 +114,13 @@ class GgufRunner:
             raise BadInput(f"{printable(self.name)}: llama.cpp cannot tokenize the text.")
         return np.array(ids[:n], np.int32)
 
-    def chat(self, message: str) -> str:
-        if self._template is None:
-            return message
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # a sandbox, no code
-
-        formatter = Jinja2ChatFormatter(
-            self._template.data,
-            eos_token=self._special(self._llama.llama_vocab_eos),
-            bos_token=self._special(self._llama.llama_vocab_bos),
-        )
-        return formatter(messages=[{"role": "user", "content": message}]).prompt
+    def prompts(self, messages: Sequence[str]) -> list[str]:
+        template = self._template.data if self._template else None
+        tokens = {
+            "eos_token": self._special(self._llama.llama_vocab_eos),
+            "bos_token": self._special(self._llama.llama_vocab_bos),
+        }
+        return render_prompts(self.name, template, tokens, messages)
 
     def _special(self, find) -> str:
         token = find(self._vocab)

@@ -1,4 +1,4 @@
-"""Runs a checkpoint that does not fit in memory, one decoder layer at a time.
+"""Runs a folder that does not fit in memory, one decoder layer at a time.
 
 All windows go through a layer before the next one is read, so a pass over 65 GB of weights serves
 all of them. It cannot draw answers: each token would be such a pass.
@@ -15,6 +15,7 @@ from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.errors import Unavailable
 from quant.evaluation.runners.folder import Talker
+from quant.evaluation.runners.stored import StoredWeights
 from quant.evaluation.streamed import final_states
 
 LOGITS_NBYTES = 1 << 30
@@ -22,14 +23,15 @@ LOGITS_NBYTES = 1 << 30
 
 
 class StreamedRunner(Talker):
-    """A 16-bit, 32-bit or FP8 folder, layer by layer."""
+    """A folder whose weights can be read, layer by layer."""
 
-    def __init__(self, folder: Path, device: str):
-        """Raises BadInput for a damaged, quantized or unknown model."""
-        checkpoint = Checkpoint.open(folder)
+    def __init__(self, folder: Path, weights: StoredWeights, device: str):
+        """Raises BadInput for a damaged or unknown model."""
         super().__init__(folder)
-        self._model = StreamedModel(checkpoint, device=device)
+        model = Checkpoint(folder, folder.name, None, {}, {})
+        self._model = StreamedModel(model, weights, device)
         self.n_vocab = self._model.n_vocab
+        self.n_ctx_trained = getattr(self._model.config, "max_position_embeddings", None)
         self.eos = ()
 
     def __enter__(self) -> "StreamedRunner":
