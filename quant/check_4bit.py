@@ -45,7 +45,9 @@ def check_4bit(
 
 
 def _name(plan: Plan4bit) -> str:
-    if not plan.kept:
-        searched = ", scales searched" if plan.format.search_scales else ", as written"
-        return plan.format.quant_type.upper() + searched
-    return "dynamic 4-bit" if len(plan.kept) < len(plan.groups) else "16-bit copy"
+    if len(plan.kept) == len(plan.groups):
+        return "16-bit copy"
+    if plan.kept:
+        return "dynamic, feedback" if plan.feedback else "dynamic 4-bit"
+    how = "scales searched" if plan.format.search_scales else "as written"
+    return f"{plan.format.quant_type.upper()}, {'error feedback' if plan.feedback else how}"

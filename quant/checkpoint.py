@@ -37,7 +37,7 @@ OTHER_FORMATS = [
     (
         "adapter_model.safetensors",
         "It holds a LoRA adapter, not a model.",
-        "Merge it first: peft's merge_and_unload(), then save_pretrained().",
+        "Give the model that it was trained on, and this folder with --lora.",
     ),
     (
         "consolidated*.safetensors",

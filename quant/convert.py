@@ -22,6 +22,7 @@ from quant.finite import count_nonfinite, zero_nonfinite
 from quant.formats import FORMATS, Float16Overflow
 from quant.plan import Assignment
 from quant.sinks.gguf import GgufSink
+from quant.sinks.written import WrittenTensor
 from quant.tensors import WEIGHT_DTYPES, TensorReader, to_float32
 
 WEIGHTS_AT_ONCE = 1 << 20
@@ -74,20 +75,19 @@ def convert(
     *,
     nan_policy: str = "refuse",
     progress: Progress = lambda n_weights: None,
-) -> list[Change]:
-    """Encode and write every assignment, in order. Returns what the weights made us change.
+) -> Iterator[tuple[WrittenTensor, list[Change]]]:
+    """Encode and write every assignment, in order: each as it is written, and what its weights made
+    us change.
 
     Raises BadInput for NaN or infinite weights under the policy "refuse".
     """
-    changes: list[Change] = []
     with ThreadPoolExecutor(worker_count()) as pool:
         queue = _work_ahead(pool, assignments, reader, nan_policy)
         try:
             for assignment in assignments:
-                changes += _write_tensor(assignment, queue, sink, reader, nan_policy, progress)
+                yield _write_tensor(assignment, queue, sink, reader, nan_policy, progress)
         finally:
             pool.shutdown(cancel_futures=True)
-    return changes
 
 
 def _work_ahead(
@@ -159,7 +159,7 @@ def _write_tensor(
     reader: TensorReader,
     nan_policy: str,
     progress: Progress,
-) -> list[Change]:
+) -> tuple[WrittenTensor, list[Change]]:
     """Write one tensor from its part of the queue; once more as BF16 if the format fails it."""
     source, problem, n_zeroed, n_kept = assignment.source, None, 0, 0
     sink.begin(source.name, source.shape, assignment.format.name)
@@ -176,13 +176,13 @@ def _write_tensor(
         n_zeroed, n_kept = n_zeroed + encoded.n_zeroed, n_kept + encoded.n_kept
         progress((stop - start) * source.n_columns)
     if problem is not None:
-        return [_write_wider(assignment, problem, sink, reader, nan_policy, progress)]
-    sink.end()
+        change = _write_wider(assignment, problem, sink, reader, nan_policy, progress)
+        return sink.end(), [change]
     if n_zeroed or n_kept:
         done = "were set to zero" if n_zeroed else "were kept"
         why = f"{n_zeroed or n_kept} NaN or infinite weights {done}"
-        return [Change(source.name, assignment.format.name, why)]
-    return []
+        return sink.end(), [Change(source.name, assignment.format.name, why)]
+    return sink.end(), []
 
 
 def _write_wider(
@@ -210,7 +210,6 @@ def _write_wider(
                 sink.append(encode_rows(wider, reader, start, stop, nan_policy).data)
                 progress((stop - start) * source.n_columns)
             break
-    sink.end()
     return Change(source.name, format.name, f"written as {format.name}: {why}")
 
 

@@ -4,6 +4,8 @@ A file is written under a temporary name in its own folder, flushed to the disk,
 then given its final name. The temporary file is also the lock: a second run on the same output is
 refused while the first one lives, and takes the file over if the first one was killed. A folder of
 files is treated alike.
+
+What is not published is removed, or kept for a run that goes on with it: quant.journal says which.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -24,29 +27,30 @@ MANIFEST = "qwq-quant.json"
 
 
 class PendingFile:
-    """A file being written next to its final place. Published by `publish`, else removed."""
+    """A file being written next to its final place, and what becomes of it: `publish` gives it its
+    name, `discard` removes it, `keep` leaves it for a run that goes on with it.
+    """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, taken_up: bool = False):
+        """taken_up: keep the bytes that an earlier run left, instead of beginning anew.
+
+        Raises CannotCreate if another run writes it.
+        """
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.partial")
+        self.temporary = temporary_path(path)
         self.descriptor = -1
+        self.flush_failed = False
+        """What was written since the flush before may be lost, whatever the next flush says."""
+        self._unflushed = True
         try:
             with translated_errors(path):
                 with undisturbed():  # Ctrl-C must find it either absent or known
-                    self.descriptor = self._open_alone()
-                os.ftruncate(self.descriptor, 0)
+                    self.descriptor = open_alone(self.temporary, path)
+                if not taken_up:
+                    os.ftruncate(self.descriptor, 0)
         except BaseException:
-            self.discard()
+            self.keep() if taken_up else self.discard()
             raise
-
-    def _open_alone(self) -> int:
-        """Open the temporary file and lock it. Raises CannotCreate if another run holds it."""
-        while True:
-            descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            _lock_alone(descriptor, self.path)
-            if _same_file(descriptor, self.temporary):
-                return descriptor
-            os.close(descriptor)  # the other run published it between our open and our lock
 
     def write_at(self, offset: int, data) -> None:
         """All of `data` (any contiguous buffer) at `offset`. Raises OutputFailed."""
@@ -55,29 +59,52 @@ class PendingFile:
             while view:
                 n = os.pwrite(self.descriptor, view, offset)
                 view, offset = view[n:], offset + n
+        self._unflushed = True
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """At most `nbytes` from `offset`: fewer where the file ends."""
+        with translated_errors(self.path):
+            return os.pread(self.descriptor, nbytes, offset)
+
+    @property
+    def nbytes(self) -> int:
+        return os.fstat(self.descriptor).st_size
 
     def truncate(self, nbytes: int) -> None:
         with translated_errors(self.path):
             os.ftruncate(self.descriptor, nbytes)
+        self._unflushed = True
 
     def flush(self) -> None:
-        """Wait until the bytes are on the disk."""
+        """Wait until the bytes are on the disk. Another thread may be writing meanwhile."""
+        if not self._unflushed:
+            return
+        self._unflushed = False  # before: what is written during the flush is for the next one
         with translated_errors(self.path):
-            os.fsync(self.descriptor)
+            try:
+                os.fsync(self.descriptor)
+            except OSError:
+                self.flush_failed = True
+                raise
 
     def publish(self) -> None:
         """Give the file its final name, replacing an older one, and make that last."""
         with translated_errors(self.path):
             os.replace(self.temporary, self.path)
+        with translated_errors(self.path, replaced=True):
             flush_folder(self.path.parent)
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self.keep()
 
     def discard(self) -> None:
-        """Remove it, if it was not published."""
+        """Remove it, if it was not published and the disk lets us."""
         if self.descriptor >= 0:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(self.temporary)
+            self.keep()
+
+    def keep(self) -> None:
+        """Leave it under its temporary name, if it was not published."""
+        if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
@@ -86,25 +113,30 @@ class PendingFolder:
     """A folder being filled next to its final place, `.NAME.partial`: a whole output, or none.
 
     Files go into `temporary` by whatever means. `publish` flushes them all and gives the folder
-    its name; else `discard` removes it. What a killed run left is emptied and taken over.
+    its name; else `discard` removes it, or `keep` leaves it for a run that goes on with it. What a
+    killed run left is emptied and taken over.
     """
 
-    def __init__(self, path: Path, force: bool = False):
-        """Raises CannotCreate if another run fills it, or if `path` must not be replaced."""
+    def __init__(self, path: Path, force: bool = False, taken_up: bool = False):
+        """taken_up: keep the weights that an earlier run left; small files are made anew.
+
+        Raises CannotCreate if another run fills it, or if `path` must not be replaced.
+        """
         self.path = path = Path(os.path.abspath(path))
-        self.temporary = path.with_name(f".{path.name}.partial")
+        self.temporary = temporary_path(path)
         self._older = path.with_name(f".{path.name}.older")
         self._force = force
         self._descriptor = -1
+        self.flush_failed = False
         try:
             with translated_errors(path):
                 with undisturbed():
                     self._descriptor = self._open_alone()
                 self._recover()
                 check_replaceable_folder(path, force)
-                _empty(self.temporary)
+                _empty(self.temporary, but_weights=taken_up)
         except BaseException:
-            self.discard()
+            self.keep() if taken_up else self.discard()
             raise
 
     def _open_alone(self) -> int:
@@ -131,6 +163,15 @@ class PendingFolder:
         else:
             os.rename(self._older, self.path)
 
+    @staticmethod
+    def was_published(path: Path) -> bool:
+        """Whether a run that completed the folder gave it its name before it was ended."""
+        path = Path(os.path.abspath(path))
+        if not path.is_dir() or temporary_path(path).exists():
+            return False
+        shutil.rmtree(path.with_name(f".{path.name}.older"), ignore_errors=True)
+        return True
+
     def publish(self) -> None:
         """Give the folder its final name and make that last. An older output is removed last."""
         with translated_errors(self.path):
@@ -145,19 +186,32 @@ class PendingFolder:
                     self._recover()
                     raise
                 flush_folder(self.path.parent)
-            self._close()
+            self.keep()
             if self._older.is_dir():
                 shutil.rmtree(self._older)
+
+    def flush(self) -> None:
+        """Make the names of the files in it last; their bytes are for who writes them."""
+        if self._descriptor < 0:
+            return
+        with translated_errors(self.path):
+            try:
+                os.fsync(self._descriptor)
+            except OSError:
+                self.flush_failed = True
+                raise
 
     def discard(self) -> None:
         """Remove it, if it was not published."""
         if self._descriptor >= 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
-            self._close()
+            self.keep()
 
-    def _close(self) -> None:
-        os.close(self._descriptor)
-        self._descriptor = -1
+    def keep(self) -> None:
+        """Leave it under its temporary name, if it was not published."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def check_replaceable_folder(path: Path, force: bool) -> None:
@@ -176,7 +230,7 @@ def check_replaceable_folder(path: Path, force: bool) -> None:
         )
     if not path.exists() or not any(path.iterdir()):
         return
-    foreign = _foreign_files(path)
+    foreign = foreign_files(path)
     if foreign:
         raise CannotCreate(
             f"{shown} exists and holds what qwq-quant did not write: {printable(foreign[0])}.",
@@ -191,7 +245,7 @@ def check_replaceable_folder(path: Path, force: bool) -> None:
         )
 
 
-def _foreign_files(folder: Path) -> list[str]:
+def foreign_files(folder: Path) -> list[str]:
     """Files below `folder` that its manifest does not name; all of them if it has none."""
     found = {
         place.relative_to(folder).as_posix()
@@ -207,11 +261,15 @@ def _foreign_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _empty(folder: Path) -> None:
+WEIGHTS = re.compile(r"[\w.-]+\.safetensors|\.[\w.-]+\.safetensors\.partial")
+"""Names of weight files, published within their folder or not."""
+
+
+def _empty(folder: Path, but_weights: bool) -> None:
     for place in folder.iterdir():
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
-        else:
+        elif place.is_symlink() or not (but_weights and WEIGHTS.fullmatch(place.name)):
             place.unlink()
 
 
@@ -221,6 +279,29 @@ def _flush_tree(folder: Path) -> None:
         for name in files:
             flush_folder(Path(root, name))
         flush_folder(Path(root))
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is while it is being written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def journal_path(path: Path) -> Path:
+    """Where it stands what is finished of `path`, see quant.journal."""
+    return path.with_name(f".{path.name}.journal")
+
+
+def open_alone(place: Path, path: Path) -> int:
+    """Open or make the file `place`, and lock it while `path` is being written.
+
+    Raises CannotCreate if another run holds it.
+    """
+    while True:
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        _lock_alone(descriptor, path)
+        if _same_file(descriptor, place):
+            return descriptor
+        os.close(descriptor)  # the other run published or removed it between our open and our lock
 
 
 def _lock_alone(descriptor: int, path: Path) -> None:
@@ -286,37 +367,41 @@ def undisturbed() -> Iterator[None]:
 
 
 def own_leftovers(path: Path) -> int:
-    """Bytes that a killed run on this output left under its temporary name; they are reused."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Bytes that an unfinished run on this output left under hidden names; they are reused."""
+    temporary = temporary_path(path)
     nbytes = 0
-    for place in (temporary, *temporary.rglob("*")):
+    for place in (journal_path(path), temporary, *temporary.rglob("*")):
         with contextlib.suppress(OSError):
             nbytes += place.lstat().st_blocks * 512
     return nbytes
 
 
 @contextlib.contextmanager
-def translated_errors(path: Path) -> Iterator[None]:
-    """Operating system errors about `path` as messages for the user."""
+def translated_errors(path: Path, replaced: bool = False) -> Iterator[None]:
+    """Operating system errors about `path` as messages for the user.
+
+    replaced: what had that name before is gone by now.
+    """
     try:
         yield
     except OSError as error:
-        raise _explain(error, path) from error
+        raise _explain(error, path, replaced) from error
 
 
-def _explain(error: OSError, path: Path) -> QwqQuantError:
+def _explain(error: OSError, path: Path, replaced: bool) -> QwqQuantError:
     shown = printable(path)
+    older = "" if replaced else "An older file of that name is untouched."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = human_bytes(os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize)
         return OutputFailed(
             f"The disk became full while {shown} was being written ({free} free now).",
-            "Nothing was left behind, and an older file of that name is untouched.",
+            older,
             "Free some space or choose another folder with -o, then run the same command again.",
         )
     if error.errno == errno.EFBIG:
         return OutputFailed(
             f"{shown} is larger than this file system or a limit allows.",
-            "Nothing was left behind.",
+            older,
             "Write smaller files with --split-max-size 4GB.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -341,4 +426,4 @@ def _explain(error: OSError, path: Path) -> QwqQuantError:
             "",
             f"Make it first: mkdir -p {printable(path.parent)}",
         )
-    return OutputFailed(f"Writing {shown} failed: {error.strerror}.", "Nothing was left behind.")
+    return OutputFailed(f"Writing {shown} failed: {error.strerror}.", older)

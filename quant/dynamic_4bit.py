@@ -11,47 +11,17 @@ from functools import cached_property
 from math import prod
 
 from quant.architectures import find_architecture
+from quant.budget import Budget, Levels
 from quant.checkpoint import Checkpoint
-from quant.display import human_bytes, printable
-from quant.errors import BadInput, BadRecipe
+from quant.display import printable
+from quant.errors import BadInput
 from quant.formats.nf4 import Bnb4bit
 from quant.groups import Group, find_experts, find_groups, find_linears
 from quant.report.choice import Choice
-from quant.selection import Solution, pareto_curve, solve
+from quant.selection import Solution
 from quant.sensitivity import Sensitivity, check_model
 from quant.skip_list import check_skip_list, make_skip_list
 from quant.tensors import TensorInfo
-
-N_CURVE_POINTS = 48
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many bytes may be spent on keeping groups in 16 bits.
-
-    unit: "share" of plain 4-bit's bytes, "bytes", "bits_per_weight" of the decoder's linears,
-    or "all": as many as there are.
-    """
-
-    unit: str
-    value: float = 0.0
-
-    def __str__(self) -> str:
-        if self.unit == "share":
-            return f"{100 * self.value:g}%"
-        if self.unit == "bytes":
-            return human_bytes(self.value)
-        return f"{self.value:g} bits per weight" if self.unit == "bits_per_weight" else self.unit
-
-    @property
-    def is_plain(self) -> bool:
-        """Nothing is to be kept: plain NF4."""
-        return self.unit in ("share", "bytes") and self.value == 0
-
-    @property
-    def needs_choice(self) -> bool:
-        return not self.is_plain and self.unit != "all"
-
 
 DEFAULT_BUDGET = Budget("share", 0.10)
 
@@ -75,6 +45,7 @@ class Plan4bit:
     groups: tuple[Group, ...]
     kept: frozenset[str]  # names of groups
     budget: Budget
+    feedback: bool = False  # errors of a 4-bit weight are made good by those after it
     choice: Choice | None = None  # None: nothing had to be chosen
     solution: Solution | None = None
     sensitivity: Sensitivity | None = None
@@ -92,6 +63,33 @@ class Plan4bit:
         )
 
     @property
+    def format_name(self) -> str:
+        """ "NF4", or "NF4 with error feedback"."""
+        return self.format.quant_type.upper() + (" with error feedback" if self.feedback else "")
+
+    @property
+    def quantized_groups(self) -> tuple[Group, ...]:
+        """Those that become 4-bit, in the order in which the model computes them."""
+        return tuple(group for group in self.groups if group.name not in self.kept)
+
+    @property
+    def stays(self) -> tuple[str, ...]:
+        """Names of the tensors that are 16-bit, in the order of the checkpoint."""
+        return tuple(t.name for t in self.tensors if not t.is_4bit)
+
+    @property
+    def widest(self) -> int:
+        """The most columns that any 4-bit linear has."""
+        return max((t.shape[1] for t in self.tensors if t.is_4bit), default=0)
+
+    def parts(self, module: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """The tensors that a 4-bit linear's weight becomes: (name, dtype, shape); of JSON, at most
+        so long."""
+        name = f"{module}.weight"
+        found = self.format.parts(self.checkpoint.tensors[name].shape).items()
+        return [(part_name(name, suffix), *part) for suffix, part in found]
+
+    @property
     def nbytes(self) -> int:
         """Of all tensors; each 4-bit one may take up to 20 bytes less."""
         return sum(
@@ -105,8 +103,12 @@ class Plan4bit:
     @property
     def bits_per_weight(self) -> float:
         """Of the decoder's linears: all that could be 4-bit."""
-        sizes = [self.group_nbytes(g, is_4bit=g.name not in self.kept) for g in self.groups]
-        return 8 * sum(sizes) / sum(self.group_nbytes(g, is_4bit=False) / 2 for g in self.groups)
+        n_weights = sum(self.group_nbytes(g, is_4bit=False) for g in self.groups) // 2
+        return 8 * self._groups_nbytes / n_weights
+
+    @property
+    def _groups_nbytes(self) -> int:
+        return sum(self.group_nbytes(g, is_4bit=g.name not in self.kept) for g in self.groups)
 
     @cached_property
     def extra_nbytes(self) -> dict[str, int]:
@@ -121,6 +123,14 @@ class Plan4bit:
             (self.group_nbytes(g, is_4bit=True), self.group_nbytes(g, is_4bit=False))
             for g in self.groups
         ]
+
+    @property
+    def levels(self) -> Levels:
+        """What a budget can be spent on."""
+        tensors = self.checkpoint.tensors
+        experts = sum(2 * tensors[name].n_weights for name in find_experts(tensors.values()))
+        rest = self.nbytes - self._groups_nbytes
+        return Levels(self.groups, self.group_sizes, rest, experts)
 
     def group_nbytes(self, group: Group, *, is_4bit: bool) -> int:
         shapes = [self.checkpoint.tensors[f"{name}.weight"].shape for name in group.modules]
@@ -137,6 +147,11 @@ class Plan4bit:
         return entries
 
 
+def part_name(tensor: str, suffix: str) -> str:
+    """What a part of a 4-bit tensor is called; its codes have the tensor's own name."""
+    return f"{tensor}.{suffix}" if suffix else tensor
+
+
 def plan_plain(checkpoint: Checkpoint, format: Bnb4bit, budget: Budget) -> Plan4bit:
     """Everything that can be 4-bit is; `budget` is held against it, but not spent yet.
 
@@ -147,7 +162,7 @@ def plan_plain(checkpoint: Checkpoint, format: Bnb4bit, budget: Budget) -> Plan4
     dtype = output_dtype(checkpoint)
     plain = Plan4bit(checkpoint, format, dtype, groups, frozenset(), budget, notes=notes)
     if budget.needs_choice:
-        _spendable(plain)
+        plain.levels.spendable(budget)
     return plain
 
 
@@ -177,20 +192,10 @@ def plan_4bit(
     )
     values = sensitivity.values(metric)
     damage = [[values[g.name], 0.0] for g in groups]
-    sizes = plain.group_sizes
-    rest = plain.nbytes - sum(four for four, _ in sizes)
-    solution = solve(damage, sizes, plain.nbytes - rest + _spendable(plain))
-    kept = [g.name for g, level in zip(groups, solution.levels, strict=True) if level == 1]
-    choice = Choice(
-        metric,
-        tuple(kept),
-        _curve(damage, sizes, rest),
-        (solution.nbytes + rest, solution.damage),
-        min((values[name] for name in kept), default=None),
-    )
+    choice, solution = plain.levels.choose(metric, damage, budget)
     return replace(
         plain,
-        kept=frozenset(kept),
+        kept=frozenset(choice.kept),
         choice=choice,
         solution=solution,
         sensitivity=sensitivity,
@@ -224,8 +229,8 @@ def find_quantizable(checkpoint: Checkpoint) -> tuple[tuple[Group, ...], tuple[s
     if odd:
         notes.append(
             f"{len(odd)} linears, such as {printable(odd[0])}, have rows that end within a block "
-            "of 64 weights. bitsandbytes 0.50 decodes these wrongly on processors with AVX-512 "
-            "(ten times the error); on GPUs, and in the file, they are right"
+            "of 64 weights. bitsandbytes 0.50 fails on them on processors with AVX-512, or decodes "
+            "them wrongly (ten times the error); on GPUs, and in the file, they are right"
         )
     return tuple(groups), tuple(notes)
 
@@ -250,38 +255,3 @@ def _format_note(sensitivity: Sensitivity, format: Bnb4bit) -> list[str]:
     if not differing:
         return []
     return [f"the sensitivities were measured with {printable(', '.join(differing))}"]
-
-
-def _spendable(plain: Plan4bit) -> int:
-    """Bytes over plain 4-bit's that may be spent. Raises BadRecipe if they buy nothing."""
-    budget, sizes = plain.budget, plain.group_sizes
-    n_weights = sum(sixteen for _, sixteen in sizes) // 2
-    four = sum(size for size, _ in sizes)
-    room = {
-        "share": budget.value * plain.nbytes,
-        "bytes": budget.value,
-        "bits_per_weight": budget.value * n_weights / 8 - four,
-    }[budget.unit]
-    cheapest = min(range(len(sizes)), key=lambda i: sizes[i][1] - sizes[i][0])
-    least = sizes[cheapest][1] - sizes[cheapest][0]
-    if room < least:
-        bits = 8 * (four + least) / n_weights
-        raise BadRecipe(
-            f"A budget of {budget} buys nothing: the cheapest group to keep in 16 bits, "
-            f"{printable(plain.groups[cheapest].name)}, costs {human_bytes(least)} more.",
-            f"Plain 4-bit takes {human_bytes(plain.nbytes)} ({8 * four / n_weights:.2f} bits per "
-            f"weight of its linears), so at least {100 * least / plain.nbytes:.2g} % or "
-            f"{bits:.2f} bits per weight are needed.",
-            "Give a larger --budget, or --budget 0 for plain 4-bit.",
-        )
-    return int(room)
-
-
-def _curve(
-    damage: list[list[float]], sizes: list[tuple[int, int]], rest: int
-) -> tuple[tuple[int, float], ...]:
-    """The best choice at sizes from plain 4-bit to all 16-bit; `rest` is what never changes."""
-    least, most = (sum(size[i] for size in sizes) for i in (0, 1))
-    budgets = [least + (most - least) * i // N_CURVE_POINTS for i in range(N_CURVE_POINTS + 1)]
-    points = pareto_curve(damage, sizes, budgets)
-    return tuple(dict.fromkeys((nbytes + rest, total) for nbytes, total in points))

@@ -19,11 +19,13 @@ from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.doctor.checks import CHECKS, examine
 from quant.doctor.finding import NOTE, Finding, Report
+from quant.doctor.opening import open_folder
 from quant.doctor.patient import GENERATION, SETTINGS, TOKENIZER, Patient, Talk
-from quant.doctor.rope import stated_rope, write_yarn
+from quant.doctor.rope import is_number, stated_rope, write_yarn
 from quant.doctor.template import strip_think
 from quant.durable import PendingFolder, translated_errors, write_whole
 from quant.errors import BadInput, BadRecipe, UsageError
+from quant.inspection.facts import is_count
 from quant.manifest import NAME as MANIFEST
 from quant.manifest import SourceFile, environment, write_for_folder
 from quant.recipe import Chosen, choose_recipe
@@ -94,7 +96,7 @@ class Repair:
         raise BadRecipe(
             "No token of this model is known to be fit for padding.",
             "The usual ones are not in its vocabulary, or end its answers.",
-            "Name one that it never writes: --pad-token TOKEN.",
+            "Name one that it never writes: qwq-quant fix --pad-token TOKEN.",
         )
 
     def take_template(self, text: str, works: Callable[[Talk], bool]) -> None:
@@ -161,12 +163,25 @@ def plan_fix(source: Source, recipe: str | None, wanted: Wanted) -> Plan:
     before = examine(source, chosen)
     patient = Patient(source, chosen)
     repair = Repair(patient, _checked_pad(patient, wanted.pad_token))
-    mended = _chosen_ids(before, wanted)
-    for check_id in mended:
-        CHECKS[check_id].mend(repair, patient)
+    mended = _mend(repair, patient, _chosen_ids(before, wanted), wanted)
     _grant(wanted, repair, patient, mended)
     plan = Plan(source, chosen, before, tuple(mended), tuple(repair.notes), repair.contents())
-    return _and_what_that_uncovers(plan, recipe, wanted) if wanted.everything else plan
+    again = wanted.everything and mended
+    return _and_what_that_uncovers(plan, recipe, wanted) if again else plan
+
+
+def _mend(repair: Repair, patient: Patient, ids: list[str], wanted: Wanted) -> list[str]:
+    """The checks that were mended. What cannot be is an error where it was named, else a note."""
+    mended = []
+    for check_id in ids:
+        try:
+            CHECKS[check_id].mend(repair, patient)
+            mended.append(check_id)
+        except BadRecipe as error:
+            if check_id in wanted.apply:
+                raise
+            repair.say(f"{check_id} is not mended: {error.what} {error.next_step}")
+    return mended
 
 
 def _and_what_that_uncovers(plan: Plan, recipe: str | None, wanted: Wanted) -> Plan:
@@ -180,7 +195,7 @@ def _and_what_that_uncovers(plan: Plan, recipe: str | None, wanted: Wanted) -> P
     return replace(
         plan,
         mended=plan.mended + more.mended,
-        notes=plan.notes + more.notes,
+        notes=tuple(dict.fromkeys(plan.notes + more.notes)),
         contents={**plan.contents, **more.contents},
     )
 
@@ -244,13 +259,15 @@ def _grant(wanted: Wanted, repair: Repair, patient: Patient, mended: list[str]) 
 def _stretch(factor: float, repair: Repair, patient: Patient) -> None:
     """YaRN by `factor` over the recipe's original context, or over config.json's own."""
     if not 1 < factor <= 1000:
-        raise UsageError(f"--yarn {factor:g} is no factor.", "It is at least 1, such as 4.")
+        raise UsageError(
+            f"--yarn {factor:g} is no factor.", "It is more than 1 and at most 1000, such as 4."
+        )
     rope, yarn = stated_rope(patient.config), patient.recipe.yarn if patient.recipe else None
     longest = patient.config.get("max_position_embeddings")
     original = rope.get("original_max_position_embeddings", longest)
-    if yarn is not None and isinstance(longest, int):
+    if yarn is not None and is_count(longest):
         original = min(yarn.original_context, longest)
-    if rope.get("rope_theta") is None or not isinstance(original, int):
+    if not is_number(rope.get("rope_theta")) or not is_count(original):
         raise BadRecipe(
             "YaRN needs rope_theta and max_position_embeddings.",
             "config.json does not state both, and a loader's default may be another one.",
@@ -316,7 +333,7 @@ def write_fix(
     try:
         with translated_errors(folder):
             linked, files = _fill(plan, pending.temporary)
-        written = Checkpoint.open(pending.temporary, name=str(folder))
+        written = open_folder(pending.temporary, str(folder))
         after = examine(written, plan.chosen)
         _check(plan, after)
         _write_manifest(plan, pending.temporary, files, after, command)
@@ -387,7 +404,7 @@ def _check(plan: Plan, after: Report) -> None:
         raise BadInput(
             f"The repaired model still has: {', '.join(sorted(still))}.",
             "The usual mend does not fit this model, so nothing was written.",
-            "Leave it out of --apply, and report it.",
+            "Leave it out, and report it.",
         )
 
 

@@ -4,6 +4,7 @@ One manifest stands in a folder and has an entry for each output there, since a 
 many sizes of a model side by side. It is written last: an output without an entry is not finished.
 """
 
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from quant.errors import CannotCreate
 NAME = MANIFEST
 LIBRARIES = ("numpy", "numba", "gguf", "safetensors", "transformers", "torch")
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""A LoRA adapter's, as PEFT names them: small, and of one size for all fine-tunes of a model."""
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -28,10 +32,25 @@ class SourceFile:
     nbytes: int
     mtime_ns: int
 
-    @classmethod
-    def of(cls, path: Path) -> "SourceFile":
+    @staticmethod
+    def of(path: Path) -> "SourceFile":
+        """Hashed if it belongs to an adapter."""
         status = path.stat()
-        return cls(path.name, status.st_size, status.st_mtime_ns)
+        facts = path.name, status.st_size, status.st_mtime_ns
+        if path.name not in ADAPTER_FILES:
+            return SourceFile(*facts)
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return HashedFile(*facts, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class HashedFile(SourceFile):
+    """An input file that is identified by its content."""
+
+    sha256: str
 
 
 def library_versions() -> dict[str, str]:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 
 from quant import __version__
+from quant.budget import Budget
+from quant.calibration.tokens import Tokens
 from quant.checkpoint import Checkpoint
 from quant.display import human_bytes, printable
 from quant.dynamic_4bit import Plan4bit
@@ -32,25 +34,45 @@ LOAD_WITH_TRANSFORMERS = (
 
 
 def model_card(
-    plan: Plan4bit, nbytes: int, results: Sequence[Result], base_model: str | None
+    plan: Plan4bit,
+    nbytes: int,
+    results: Sequence[Result],
+    base_model: str | None,
+    tokens: Tokens | None = None,
 ) -> str:
-    """Markdown with the hub's front matter. base_model: org/name, or None if it has none."""
+    """Markdown with the hub's front matter.
+
+    base_model: org/name, or None if it has none. tokens: that errors were fed back on.
+    """
     n_kept, n = len(plan.kept), len(plan.groups)
-    title = "4-bit" if plan.budget.is_plain else "dynamic 4-bit"
     name = printable(base_model or plan.checkpoint.folder.resolve().name)
+    title, tags = f"4-bit (bitsandbytes {plan.format.quant_type})", "bitsandbytes, 4-bit"
+    if n_kept == n:
+        title, tags = "16-bit copy", "safetensors"
+    elif n_kept:
+        title, tags = f"dynamic {title}", f"{tags}, dynamic-4bit"
     lines = [
-        *front_matter(plan.checkpoint, base_model, "bitsandbytes, 4-bit, dynamic-4bit"),
-        f"# {escaped(name.rpartition('/')[2])}, {title} (bitsandbytes {plan.format.quant_type})",
+        *front_matter(plan.checkpoint, base_model, tags),
+        f"# {escaped(name.rpartition('/')[2])}, {title}",
         "",
         f"{human_bytes(nbytes)}. {n - n_kept} of {n} groups of linear layers are 4-bit; {n_kept} "
         "stay 16-bit, and so do embeddings, norms and the output layer.",
         "",
         *_how_chosen(plan),
+        *([f"{plan.format_name}. {calibrated_on(tokens)}", ""] if plan.feedback else []),
         *results_table(results),
         *_use(plan),
         MADE_WITH,
     ]
     return "\n".join(lines) + "\n"
+
+
+def calibrated_on(tokens: Tokens) -> str:
+    """How error feedback came by its inputs."""
+    return (
+        f"Calibrated on {tokens.n_tokens} tokens of {escaped(printable(tokens.text_name))}, layer "
+        "by layer, each on the outputs of the quantized layers before it."
+    )
 
 
 def escaped(text: str) -> str:
@@ -82,14 +104,24 @@ def _how_chosen(plan: Plan4bit) -> list[str]:
     metric = METRICS[plan.choice.metric]
     kept = [group.name for group in plan.groups if group.name in plan.kept]
     return [
-        f"Chosen by `{metric.name}` ({metric.about}; measured on {text}) as the exact optimum "
-        f"under a budget of {plan.budget} over plain 4-bit. Kept in 16 bits:",
+        f"Chosen by `{metric.name}` ({metric.about}; measured on {text}) as {_optimum(plan)} "
+        f"{_under(plan.budget)}. Kept in 16 bits:",
         "",
         *(f"- `{printable(name)}`" for name in kept),
         "",
         "All measurements are in `sensitivity.json`, drawn in `figures/report.html`.",
         "",
     ]
+
+
+def _optimum(plan: Plan4bit) -> str:
+    return "the exact optimum" if plan.solution.exact else "the best choice that was found"
+
+
+def _under(budget: Budget) -> str:
+    if budget.unit == "bits_per_weight":
+        return f"under {budget} of the decoder's linears"
+    return f"under a budget of {budget} over plain 4-bit"
 
 
 def results_table(results: Sequence[Result]) -> list[str]:
@@ -116,6 +148,7 @@ def _use(plan: Plan4bit) -> list[str]:
         return []
     return [
         *LOAD_WITH_TRANSFORMERS,
-        "vLLM 0.7.3 to 0.27 loads it as it is; from 0.28 on, `pip install vllm-bnb-plugin` first.",
+        "By its source code vLLM 0.7.3 to 0.27 loads it as it is, without tensor parallelism; from "
+        "0.28 on with `pip install vllm-bnb-plugin`.",
         "",
     ]

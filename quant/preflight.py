@@ -12,7 +12,9 @@ from quant.durable import own_leftovers
 from quant.errors import CannotCreate, OutputFailed, Unavailable
 from quant.formats import FORMATS
 from quant.gguf_file import Metadata, metadata_nbytes_at_most, padded, split_paths
+from quant.journal import interrupted_job
 from quant.plan import TENSOR_ENTRY_NBYTES, Plan
+from quant.sinks.gguf import files_of_job
 from quant.target_size import LADDER
 
 BASE_NBYTES = 240 << 20
@@ -62,7 +64,9 @@ def measure_needs(plan: Plan, metadata: Metadata, output: Path) -> Needs:
             f"Make it first: mkdir -p {printable(folder)}",
         )
     status = os.statvfs(folder)
-    leftovers = sum(own_leftovers(path) for path in split_paths(output, len(plan.files)))
+    left = files_of_job(output, interrupted_job(output))  # removed if they are of no use
+    files = {*split_paths(output, len(plan.files)), *left}
+    leftovers = sum(own_leftovers(path) for path in files)
     widest = max(a.source.n_columns for a in plan.assignments)
     nbytes_a_worker = NBYTES_A_WORKER * max(1, widest / WEIGHTS_AT_ONCE)
     return Needs(

@@ -18,7 +18,7 @@ import io
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import prod
 from pathlib import Path
 
 from quant import __version__
@@ -26,6 +26,7 @@ from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.durable import write_whole
 from quant.errors import BadInput
+from quant.formats.nf4 import Bnb4bit
 from quant.groups import KINDS, Group, find_groups
 from quant.strict_files import open_regular, parse_json
 
@@ -35,8 +36,13 @@ FORMAT = 1
 MAX_NBYTES = 20_000_000
 """A hundred times what QwQ-32B needs."""
 
-MAX_LAYERS, MAX_FEATURES = 10**6, 2**31
+MAX_LAYERS, MAX_FEATURES, MAX_WEIGHTS = 10**6, 2**31, 2**55
 """No model comes near, and whoever draws or multiplies them need not fear numbers beyond."""
+
+LARGEST = 1e12
+"""No error and no divergence comes near, and the sums of a million groups stay finite."""
+
+MEASURE_AGAIN = "Measure again: qwq-quant measure MODEL -o sensitivity.json"
 
 N_SHOWN = 3  # names in a message
 
@@ -106,6 +112,7 @@ class Sensitivity:
     def __post_init__(self):
         for part, wanted in PROVENANCE.items():
             _check_record(part, getattr(self, part), wanted)
+        Bnb4bit(**self.quantization)
         _check_record("versions", self.versions, dict.fromkeys(self.versions, str))
         _check_groups(self)
         _check_metrics("groups", self.metrics, self.groups.keys())
@@ -215,6 +222,8 @@ def _check_groups(sensitivity: Sensitivity) -> None:
             0 < _typed(n, int, f"{name}, shape") < MAX_FEATURES for n in module.shape
         ):
             raise ValueError(f"{printable(name)} is no matrix")
+    if sum(prod(module.shape) for module in sensitivity.modules.values()) > MAX_WEIGHTS:
+        raise ValueError("the modules have more weights than any model has")
 
 
 def _check_group(name: str, group: Group) -> None:
@@ -241,9 +250,10 @@ def _check_metrics(
         if foreign := values.keys() - names:
             raise ValueError(f"{metric} is there for {_some(foreign)}, which are no {what}")
         for name, value in values.items():
-            possible = isfinite(_typed(value, float, f"{name}, {metric}"))
-            if not possible or (value < 0 and METRICS[metric].unit == RELATIVE):
-                raise ValueError(f"{metric} of {printable(name)} is {value}")
+            if not 0 <= _typed(value, float, f"{name}, {metric}") <= LARGEST:
+                raise ValueError(
+                    f"{metric} of {printable(name)} is {value:g}; 0 to {LARGEST:g} is possible"
+                )
 
 
 def _some(names: Iterable[str]) -> str:
@@ -270,7 +280,10 @@ def read_sensitivity(path: Path) -> Sensitivity:
         raw = file.read(MAX_NBYTES + 1)
     if len(raw) > MAX_NBYTES:
         raise _unusable(path, f"it has more than {MAX_NBYTES} bytes")
-    content = parse_json(raw, path)
+    try:
+        content = parse_json(raw, path)
+    except BadInput as error:
+        raise BadInput(error.what, error.why, MEASURE_AGAIN) from None
     try:
         return _from_json(content)
     except (ValueError, OverflowError) as error:
@@ -281,7 +294,7 @@ def _unusable(path: Path, why: str) -> BadInput:
     return BadInput(
         f"{printable(path)} is no usable file of sensitivities.",
         f"The reason: {why}.",
-        "Measure again: qwq-quant measure MODEL -o sensitivity.json",
+        MEASURE_AGAIN,
     )
 
 

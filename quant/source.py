@@ -8,6 +8,7 @@ from quant.display import printable
 from quant.errors import BadInput, UsageError
 from quant.gguf_file import GgufFile, open_gguf
 from quant.hub import resolve
+from quant.lora import merge_adapter, open_adapter
 from quant.manifest import SourceFile
 
 Source = Checkpoint | GgufFile
@@ -20,22 +21,32 @@ def open_source(
     token: str | None = None,
     cache_dir: Path | None = None,
     offline: bool = False,
+    lora: str | None = None,
     check_config: Callable[[dict], object] = lambda config: None,
 ) -> Source:
     """Find and open MODEL; headers only. Raises one of quant.errors.
 
-    check_config: called with config.json before the weights of a hub model are downloaded.
+    lora: an adapter to merge into the weights, a folder or org/name@revision; looked at first, as
+    it is small. check_config: called with config.json before the weights of a hub model are
+    downloaded.
     """
+    access = {"token": token, "cache_dir": cache_dir, "offline": offline}
+    adapter = None if lora is None else open_adapter(lora, **access)
     found = resolve(
         model,
         revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        offline=offline,
         before_weights=lambda folder: check_config(read_config(folder)),
+        **access,
     )
     if found.path.is_dir():
-        return Checkpoint.open(found.path, found.name, found.revision)
+        checkpoint = Checkpoint.open(found.path, found.name, found.revision)
+        return checkpoint if adapter is None else merge_adapter(checkpoint, adapter)
+    if adapter is not None:
+        raise UsageError(
+            f"--lora cannot be merged into {printable(found.path)}, a GGUF file.",
+            "Its weights may be quantized already, and bear llama.cpp's names.",
+            "Give the checkpoint that it was made from.",
+        )
     return open_gguf(found.path)
 
 
@@ -55,8 +66,8 @@ def open_checkpoint(model: str, **options) -> Checkpoint:
 
 
 def source_files(source: Source) -> list[Path]:
-    """Every file that holds weights of the source, sorted."""
-    return sorted({info.path for info in source.tensors.values()})
+    """Every file that its weights come from, sorted; those of a merged adapter too."""
+    return sorted(frozenset().union(*(info.files for info in source.tensors.values())))
 
 
 def check_unchanged(source: Source, before: list[SourceFile]) -> None:

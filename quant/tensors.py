@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -38,6 +39,20 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
 """What a weight may be stored as; anything else in a weight is an error at plan time."""
 
 
+class Change(Protocol):
+    """Other weights in place of the stored ones, same shape and type; made as they are read.
+
+    An adapter is merged so (quant/lora.py), and whoever reads the tensor sees the merged weights.
+    """
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """What is read besides the tensor's own file."""
+
+    def read_stored(self, reader: "TensorReader", start: int, stop: int) -> np.ndarray:
+        """What TensorReader.read_stored is to return for these rows."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One stored tensor, as its file's header describes it. Nothing has been read."""
@@ -50,6 +65,13 @@ class TensorInfo:
     nbytes: int
     scale: "TensorInfo | None" = None  # FP8: w = stored * scale, one scale a block
     scale_block: tuple[int, int] | None = None  # rows and columns that one scale covers
+    change: Change | None = None
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """Every file that its weights come from."""
+        parts = [part.files for part in (self.scale, self.change) if part is not None]
+        return frozenset({self.path}).union(*parts)
 
     @property
     def n_rows(self) -> int:
@@ -133,14 +155,19 @@ class TensorReader:
         return buffer
 
     def read_stored(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as stored, (stop - start, n_columns) of STORED_DTYPES[info.dtype]."""
+        """Rows [start, stop) as stored, (stop - start, n_columns) of STORED_DTYPES[info.dtype].
+
+        A change of the tensor is applied; read_bytes alone gives the file's own bytes.
+        """
+        if info.change is not None:
+            return info.change.read_stored(self, start, stop)
         dtype = np.dtype(STORED_DTYPES[info.dtype])
         row_nbytes = info.n_columns * dtype.itemsize
         raw = self.read_bytes(info, start * row_nbytes, (stop - start) * row_nbytes)
         return raw.view(dtype).reshape(stop - start, info.n_columns)
 
     def read_float32(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as float32 (stop - start, n_columns), block scales applied."""
+        """Rows [start, stop) as float32 (stop - start, n_columns); scales and changes applied."""
         w = to_float32(self.read_stored(info, start, stop), info.dtype)
         if info.scale is not None:
             with np.errstate(all="ignore"):  # a NaN or infinity is for the caller to find in w

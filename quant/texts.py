@@ -61,7 +61,7 @@ def read_texts(path: Path) -> Texts:
     if len(raw) > MAX_NBYTES:
         raise BadInput(f"{printable(path)} is larger than 1 GB, so it is not read.")
     try:
-        content = raw.decode()
+        content = raw.decode("utf-8-sig")  # some editors put a mark before all text
     except UnicodeDecodeError as error:
         raise BadInput(
             f"{printable(path)} is no UTF-8 text.",

@@ -1,16 +1,18 @@
 """Writes the folder of a planned 4-bit model: weights, config, tokenizer, report, card, manifest.
 
-It is filled under a temporary name and read back; it appears whole or not at all.
+Without error feedback tensor by tensor, in the order of the checkpoint; with it, as the model
+computes. It is filled under a temporary name and read back; it appears whole or not at all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from quant.calibration.tokens import Tokens
 from quant.convert import worker_count
 from quant.durable import write_whole
-from quant.dynamic_4bit import Plan4bit, PlannedTensor
+from quant.dynamic_4bit import Plan4bit, PlannedTensor, part_name
 from quant.groups import find_linears
 from quant.model_card import model_card
 from quant.model_folder import STORED, Source, check_room, write_folder, write_model_config
@@ -29,49 +31,59 @@ Check = Callable[[Plan4bit, Path], tuple[Result, ...]]
 """Measures the written folder, before it gets its name."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Written4bit:
     """What was written."""
 
     folder: Path
-    nbytes: int  # of all weight files
+    nbytes: int = 0  # of all weight files
     results: tuple[Result, ...] = ()
+    damped: dict[str, float] = field(default_factory=dict)
+    """With feedback: linears whose H was singular, and the damping that made it regular."""
 
 
 def write_4bit(
     plan: Plan4bit,
     output: Path,
     *,
+    tokens: Tokens | None = None,
+    device: str = "cpu",
     force: bool = False,
     base_model: str | None = None,
     command: tuple[str, ...] = (),
-    progress: Callable[[int], None] = lambda n_weights: None,
+    progress: Callable[[int], None] = lambda n: None,
     check: Check | None = None,
 ) -> Written4bit:
     """Carry out the plan. The folder appears whole and verified, or not at all.
 
+    tokens: of the calibration text, and `device` to run the model on, for a plan with feedback.
     base_model: the hub's name of the source, for the model card.
-    Raises BadInput for NaN weights or a source that changed, CannotCreate or OutputFailed.
+    Calls progress(weights written), or, with feedback, progress(1) after each layer.
+    Raises BadInput for NaN weights, too few tokens or a source that changed; CannotCreate or
+    OutputFailed.
     """
     check_output(plan, output, force)
-    results: tuple[Result, ...] = ()
+    written = Written4bit(output)
 
     def fill(folder: Path) -> list[WrittenFile]:
         write_config(plan, folder)  # first: it may find that no list of exceptions would do
-        files = write_weights(plan, folder, progress)
+        if plan.feedback:
+            files = _write_with_feedback(plan, folder, tokens, device, written, progress)
+        else:
+            files = write_weights(plan, folder, progress)
         check_written(plan, folder)
         return files
 
     def finish(folder: Path, files: list[WrittenFile]) -> dict:
-        nonlocal results
-        results = check(plan, folder) if check else ()
-        _write_report(plan, folder, results)
-        card = model_card(plan, sum(file.nbytes for file in files), results, base_model)
+        written.nbytes = sum(file.nbytes for file in files)
+        written.results = check(plan, folder) if check else ()
+        _write_report(plan, folder, written.results)
+        card = model_card(plan, written.nbytes, written.results, base_model, tokens)
         write_whole(folder / "README.md", card.encode())
-        return _facts(plan, results)
+        return _facts(plan, written, tokens)
 
-    files = write_folder(plan.checkpoint, output, force, command, fill, finish)
-    return Written4bit(output, sum(file.nbytes for file in files), results)
+    write_folder(plan.checkpoint, output, force, command, fill, finish)
+    return written
 
 
 def check_output(plan: Plan4bit, output: Path, force: bool) -> None:
@@ -97,7 +109,7 @@ def write_weights(
                         source.read_float32, tensor.shape, plan.dtype, map=pool.map
                     )
                     for suffix, part in encoded.items():
-                        sink.write(_part_name(tensor.name, suffix), part)
+                        sink.write(part_name(tensor.name, suffix), part)
                 else:
                     sink.write(tensor.name, source.blocks())
                 progress(tensors[tensor.name].n_weights)
@@ -106,17 +118,35 @@ def write_weights(
         sink.discard()
 
 
-def _part_name(tensor: str, suffix: str) -> str:
-    return f"{tensor}.{suffix}" if suffix else tensor
+def _write_with_feedback(
+    plan: Plan4bit,
+    folder: Path,
+    tokens: Tokens,
+    device: str,
+    written: Written4bit,
+    progress: Callable[[int], None],
+) -> list[WrittenFile]:
+    """What stays 16-bit first, then every 4-bit linear as it is made."""
+    # Only here: torch takes a second to import, and plain rounding needs none of it.
+    from quant.algorithms.gptq import DAMP
+    from quant.feedback_4bit import encode_with_feedback
+    from quant.write_with_feedback import check_tokens, write_with_feedback
+
+    def encode(module: str, W, H):
+        parts, rounded = encode_with_feedback(plan.format, W, H, plan.dtype)
+        return {part_name(f"{module}.weight", suffix): p for suffix, p in parts.items()}, rounded
+
+    check_tokens(plan, tokens)
+    files, damps = write_with_feedback(plan, encode, tokens, folder, device, progress)
+    written.damped = {module: damp for module, damp in damps.items() if damp > DAMP}
+    return files
 
 
-def _parts(plan: Plan4bit, tensor: PlannedTensor) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """The tensors that one becomes: (name, dtype, shape); JSON is at most so long."""
-    if not tensor.is_4bit:
-        yield tensor.name, STORED[plan.dtype], tensor.shape
-        return
-    for suffix, (dtype, shape) in plan.format.parts(tensor.shape).items():
-        yield _part_name(tensor.name, suffix), dtype, shape
+def _parts(plan: Plan4bit, tensor: PlannedTensor) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The tensors that one becomes: (name, safetensors' dtype, shape)."""
+    if tensor.is_4bit:
+        return plan.parts(tensor.name.removesuffix(".weight"))
+    return [(tensor.name, STORED[plan.dtype], tensor.shape)]
 
 
 # --- everything else --------------------------------------------------------------------------
@@ -167,10 +197,15 @@ def _write_report(plan: Plan4bit, folder: Path, results: tuple[Result, ...]) -> 
         write_whole(folder / FIGURES / name, content)
 
 
-def _facts(plan: Plan4bit, results: tuple[Result, ...]) -> dict:
+def _facts(plan: Plan4bit, written: Written4bit, tokens: Tokens | None) -> dict:
     """What the manifest says about the choice and its outcome."""
-    return {
-        "type": f"{plan.format.quant_type}, {len(plan.kept)} of {len(plan.groups)} groups 16-bit",
+    facts = {
+        "type": f"{plan.format_name}, {len(plan.kept)} of {len(plan.groups)} groups 16-bit",
         "kept": sorted(plan.kept),
-        "results": [asdict(result) for result in results],
+        "results": [asdict(result) for result in written.results],
     }
+    if plan.feedback:
+        from quant.measuring.measure import calibration_facts
+
+        facts |= {"calibration": calibration_facts(tokens), "damped": written.damped}
+    return facts

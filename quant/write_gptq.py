@@ -1,7 +1,6 @@
 """Quantizes a planned GPTQ model layer by layer, and writes its folder as it goes.
 
-Of the source, one decoder layer is in memory at a time; of the result, one linear. The folder
-appears whole and verified, or not at all.
+The folder appears whole and verified, or not at all.
 """
 
 from collections.abc import Callable
@@ -10,32 +9,25 @@ from pathlib import Path
 
 import torch
 
-from quant.algorithms.gptq import IntegerGrid, NotFinite, gptq, round_to_nearest
-from quant.calibration.feedback import quantize_streamed
+from quant.algorithms.gptq import gptq
 from quant.calibration.gptq_weights import GptqWeights
-from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
 from quant.calibration.weights import ChangedWeights, CheckpointWeights
 from quant.check_weights import Candidate, check_weights
+from quant.checkpoint import Checkpoint, read_tensors
 from quant.display import printable
 from quant.durable import write_whole
+from quant.dynamic_rules import check_rules, stored_bits
 from quant.errors import BadInput
 from quant.formats import Float16Overflow
 from quant.gptq_card import gptq_card
-from quant.gptq_model import GptqPlan
+from quant.gptq_model import METRIC, GptqPlan
+from quant.gptq_rounding import make_grid, plainly_rounded
 from quant.measuring.measure import calibration_facts
-from quant.model_folder import (
-    STORED,
-    Source,
-    check_room,
-    write_folder,
-    write_json,
-    write_model_config,
-)
+from quant.model_folder import check_room, write_folder, write_json, write_model_config
 from quant.report.choice import Result
-from quant.sinks.safetensors import ShardedSink
 from quant.sinks.written import WrittenFile
-from quant.tensors import TensorReader
+from quant.write_with_feedback import Encode, check_tokens, write_with_feedback
 
 QUANTIZE_CONFIG = "quantize_config.json"
 """AutoGPTQ's own place for what config.json's quantization_config says too."""
@@ -81,10 +73,13 @@ def write_gptq(
     written = WrittenGptq(output)
 
     def fill(folder: Path) -> list[WrittenFile]:
-        files = _write_weights(plan, tokens, folder, device, written, progress)
-        quantization = plan.quantization_config
+        quantization = plan.quantization_config  # first: it may find that no rules would do
+        files, damps = write_with_feedback(plan, _encoder(plan), tokens, folder, device, progress)
+        written.damped = {module: damp for module, damp in damps.items() if damp > plan.damp}
         write_model_config(plan.checkpoint, plan.dtype, quantization, folder)
-        write_json(folder / QUANTIZE_CONFIG, quantization)
+        if quantization is not None:
+            write_json(folder / QUANTIZE_CONFIG, quantization)
+            check_rules(quantization, plan.groups, stored_bits(read_tensors(folder), plan.groups))
         return files
 
     def finish(folder: Path, files: list[WrittenFile]) -> dict:
@@ -92,92 +87,40 @@ def write_gptq(
         written.results = check(plan, folder) if check else ()
         card = gptq_card(plan, written.nbytes, tokens, written.results, base_model)
         write_whole(folder / "README.md", card.encode())
-        return {
-            "type": f"gptq, {plan.format.bits}-bit",
-            "quantization": plan.quantization_config,
-            "calibration": calibration_facts(tokens),
-            "damped": written.damped,
-            "results": [asdict(result) for result in written.results],
-        }
+        return _facts(plan, written, tokens)
 
     write_folder(plan.checkpoint, output, force, command, fill, finish)
     return written
 
 
-def check_tokens(plan: GptqPlan, tokens: Tokens) -> None:
-    """Raise BadInput for fewer tokens than the widest linear has inputs.
+def _facts(plan: GptqPlan, written: WrittenGptq, tokens: Tokens) -> dict:
+    """What the manifest says about the choice and its outcome."""
+    facts = {
+        "type": plan.name,
+        "quantization": plan.quantization_config,
+        "calibration": calibration_facts(tokens),
+        "damped": written.damped,
+        "results": [asdict(result) for result in written.results],
+    }
+    if plan.choice:
+        facts |= {"budget": str(plan.budget), "metric": METRIC, "ladder": plan.ladder}
+        facts |= {"damage": plan.damage, "bits": plan.bits}
+    return facts
 
-    From so few, H cannot tell how its inputs go together, and what is made good on the calibration
-    text is spoiled on others. KL divergence of examples/tiny-qwq (768 inputs at most) in 4 bits,
-    against plain rounding's: 19 % more from 512 tokens, 5 % less from 1024, 63 % less from 4096.
-    """
-    if tokens.n_tokens < plan.widest:
-        raise BadInput(
-            f"{tokens.n_tokens} tokens of calibration text are too few: the widest linear has "
-            f"{plan.widest} inputs.",
-            "With fewer tokens than inputs, errors are made good on that text alone.",
-            f"Give --tokens {4 * plan.widest} or more, and a text (--calibration) that has them.",
-        )
 
-
-def _write_weights(
-    plan: GptqPlan,
-    tokens: Tokens,
-    folder: Path,
-    device: str,
-    written: WrittenGptq,
-    progress: Callable[[int], None],
-) -> list[WrittenFile]:
-    """What stays as it is first, then every linear as it is quantized."""
-    tensors, stored = plan.checkpoint.tensors, STORED[plan.dtype]
-    planned = [(name, stored, tensors[name].shape) for name in plan.plain]
-    for name in plan.quantized:
-        parts = plan.format.parts(plan.shape(name))
-        planned += [(f"{name}.{suffix}", *part) for suffix, part in parts.items()]
-    sink = ShardedSink(folder, planned)
-
-    def quantize(name: str, W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-        grid = make_grid(plan, W)
+def _encoder(plan: GptqPlan) -> Encode:
+    def encode(module: str, W: torch.Tensor, H: torch.Tensor):
+        format = plan.format_of(module)
+        grid = make_grid(format, W)
+        rounded = gptq(W, H, grid, plan.damp, plan.static_groups)
+        Q, scale, zero = (x.cpu().numpy() for x in (rounded.Q, grid.scale, grid.zero))
         try:
-            rounded = gptq(W, H, grid, plan.damp, plan.static_groups)
-            Q, scale, zero = (x.cpu().numpy() for x in (rounded.Q, grid.scale, grid.zero))
-            parts = plan.format.encode(Q, scale, zero)
-        except NotFinite as error:
-            raise _not_finite(name, error) from None
+            parts = format.encode(Q, scale, zero)
         except Float16Overflow:
-            raise _too_large(name) from None
-        for suffix, part in parts.items():
-            sink.write(f"{name}.{suffix}", part)
-        if rounded.damp > plan.damp:
-            written.damped[name] = rounded.damp
-        return rounded.W_hat
+            raise _too_large(module) from None
+        return {f"{module}.{suffix}": part for suffix, part in parts.items()}, rounded
 
-    try:
-        with TensorReader() as reader:
-            for name in plan.plain:
-                sink.write(name, Source(tensors[name], reader, plan.dtype).blocks())
-        model = StreamedModel(plan.checkpoint, device=device)
-        quantize_streamed(model, plan.groups, tokens.ids, quantize, progress)
-        return sink.finish()
-    finally:
-        sink.discard()
-
-
-def make_grid(plan: GptqPlan, W: torch.Tensor) -> IntegerGrid:
-    """The plan's grid for a weight W (rows, columns), on its device."""
-    group_size = plan.format.columns_of_group(W.shape[1])
-    return IntegerGrid(
-        tuple(W.shape), plan.format.bits, group_size, plan.format.symmetric, W.device
-    )
-
-
-def _not_finite(name: str, error: NotFinite) -> BadInput:
-    return BadInput(
-        f"{printable(name)} cannot be quantized: {error}.",
-        "There are NaN or infinite values among what flows through the model: weights before it "
-        "are damaged, or activations overflow.",
-        "Run `qwq-quant inspect` and `qwq-quant doctor` on the model.",
-    )
+    return encode
 
 
 def _too_large(name: str) -> BadInput:
@@ -195,18 +138,18 @@ def check_gptq(
     device: str,
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[Result, ...]:
-    """The source, plain rounding on the same grid and what was written, read back from `folder`.
+    """The source, plain rounding of all linears and what was written, read back from `folder`.
 
     Calls progress(1) after each layer of each model.
     """
-    names = frozenset(f"{name}.weight" for name in plan.quantized)
-
-    def rounded(name: str, w: torch.Tensor) -> torch.Tensor:
-        return round_to_nearest(w, make_grid(plan, w)).W_hat
-
-    plain = ChangedWeights(CheckpointWeights(plan.checkpoint), names, rounded)
+    names = frozenset(f"{name}.weight" for group in plan.groups for name in group.modules)
+    plain = ChangedWeights(
+        CheckpointWeights(plan.checkpoint), names, lambda _, w: plainly_rounded(plan.format, w)
+    )
+    nbytes = plan.levels.least + plan.levels.rest
+    copied = None if plan.quantized else CheckpointWeights(Checkpoint.open(folder))
     candidates = [
-        Candidate(f"plain {plan.format.bits}-bit rounding", plan.nbytes, plain),
-        Candidate(f"GPTQ {plan.format.bits}-bit", plan.nbytes, GptqWeights(folder)),
+        Candidate(f"plain {plan.format.bits}-bit rounding", nbytes, plain),
+        Candidate(plan.name, plan.nbytes, copied or GptqWeights(folder)),
     ]
     return check_weights(plan.checkpoint, candidates, tokens, device, progress)

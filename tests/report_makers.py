@@ -64,7 +64,7 @@ def measured(n_layers: int, name: str = "tiny", prefix: str = "model") -> dict:
     }
 
 
-def panels(n_layers: int, prefix: str = "model", threshold: float | None = 0.04) -> list[Panel]:
+def panels(n_layers: int, prefix: str = "model") -> list[Panel]:
     """Activation and weight errors of every module of `measured`; the bad ones are kept."""
     data = measured(n_layers, prefix=prefix)
     return [
@@ -83,10 +83,16 @@ def panels(n_layers: int, prefix: str = "model", threshold: float | None = 0.04)
                 for group in data["groups"].values()
                 for module in group["modules"]
             ),
-            threshold if metric == "activation" else None,
         )
         for metric in ("activation", "weight")
     ]
+
+
+def group_panel(n_layers: int, threshold: float | None = 0.04) -> Panel:
+    """What decided: of groups, with the least that is kept."""
+    unit = "relative squared error"
+    points = tuple(group_points(n_layers))
+    return Panel("activation", "activation error", unit, points, threshold, level="group")
 
 
 def group_points(n_layers: int) -> list[Point]:

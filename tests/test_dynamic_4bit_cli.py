@@ -219,8 +219,12 @@ BAD = {
         lambda t, w: (TINY_QWQ, ("--sensitivity", w / "sensitivity.json", "--metric", "kld")),
         65, "kld is not among", "",
     ),
-    "held-out text too short": (
-        lambda t, w: (TINY_QWQ, ("--budget", "0", "--seq-len", "999999")), 65, "held-out", ""
+    "sequences beyond the context": (
+        lambda t, w: (TINY_QWQ, ("--seq-len", "999999")), 65, "too long for", "--seq-len 2048"
+    ),
+    "too few tokens": (
+        lambda t, w: (TINY_QWQ, ("--tokens", "64", "--seq-len", "64")),
+        65, "only 64 tokens", "longer",
     ),
 }  # fmt: skip
 
@@ -283,20 +287,34 @@ def test_measure_refuses_bad_input_and_writes_nothing(written, tmp_path):
         assert result.exit_code == 65 and not (tmp_path / "s.json").exists(), result.output
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
-    """Ctrl-C while the layers are being measured."""
+WHILE_MEASURING = """
+from quant.calibration.streamed_model import StreamedModel as place
+name, when = "_load", lambda self, index, seq_len: index == 2
+"""
+WHILE_WRITING = """
+from quant.sinks.safetensors import ShardedSink as place
+name, when = "write", lambda self, name, part: name == "model.layers.3.mlp.down_proj.weight"
+"""
+WHILE_CHECKING = """
+import quant.write_4bit as place
+name, when = "check_written", lambda plan, folder: any(folder.glob("*.safetensors"))
+"""
+
+
+@pytest.mark.parametrize("moment", [WHILE_MEASURING, WHILE_WRITING, WHILE_CHECKING])
+def test_an_interrupted_run_leaves_nothing(tmp_path, moment):
+    """Ctrl-C while the layers are measured, while they are written, and when all are there."""
     code = f"""
-import os, signal
-import quant.calibration.streamed_model as streamed
-load = streamed.StreamedModel._load
-def interrupted(self, index, seq_len):
-    if index == 2:
+import os, signal, sys
+{moment}
+whole = getattr(place, name)
+def interrupted(*args):
+    if when(*args):
         os.kill(os.getpid(), signal.SIGINT)
-    return load(self, index, seq_len)
-streamed.StreamedModel._load = interrupted
-import sys
+    return whole(*args)
+setattr(place, name, interrupted)
 sys.argv = ["qwq-quant", "dynamic-4bit", {str(TINY_QWQ)!r}, "-o", {str(tmp_path / "out")!r},
-            "--tokens", "128", "--seq-len", "64"]
+            "--tokens", "256", "--seq-len", "64", "--no-search-scales"]
 from quant.cli import main
 main()
 """

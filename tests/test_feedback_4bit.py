@@ -32,7 +32,8 @@ def case(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_what_is_stored_is_what_was_rounded(format, shape, dtype):
     W, H = case(shape)
-    parts, W_hat = encode_with_feedback(format, W, H, dtype)
+    parts, rounded = encode_with_feedback(format, W, H, dtype)
+    W_hat = rounded.W_hat
     np.testing.assert_array_equal(format.decode(parts, shape), W_hat.numpy())
     importance = H.diagonal().numpy() if format.search_scales else None
     plain = format.encode(W.to(getattr(torch, dtype)).float().numpy(), dtype, importance)
@@ -46,17 +47,17 @@ def test_what_is_stored_is_what_was_rounded(format, shape, dtype):
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_bitsandbytes_decodes_the_same(format):
     W, H = case((24, 192))
-    parts, W_hat = encode_with_feedback(format, W, H, "bfloat16")
+    parts, rounded = encode_with_feedback(format, W, H, "bfloat16")
     tensors = {name: torch.from_numpy(part) for name, part in parts.items() if name}
     state = QuantState.from_dict(tensors, torch.device("cpu"))
     found = dequantize_4bit(torch.from_numpy(parts[""]), state)
-    assert torch.equal(found.float(), W_hat)
+    assert torch.equal(found.float(), rounded.W_hat)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_worse_on_weights_and_better_on_outputs(format):
     W, H = case((24, 192))
-    _, W_hat = encode_with_feedback(format, W, H, "bfloat16")
+    W_hat = encode_with_feedback(format, W, H, "bfloat16")[1].W_hat
     w = W.bfloat16().float().numpy()
     plain = torch.from_numpy(format.decode(format.encode(w, "bfloat16"), w.shape))
     assert (W - W_hat).square().sum() > (W - plain).square().sum()

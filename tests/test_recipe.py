@@ -50,7 +50,10 @@ def plain(metadata) -> dict:
 
 
 def test_the_shipped_recipes():
-    assert recipe_names() == ["deepseek-r1-distill", "qwen2.5", "qwen3", "qwq-32b"]
+    assert recipe_names() == [
+        "deepseek-r1-distill", "qwen2.5", "qwen3", "qwen3-instruct-2507", "qwen3-thinking-2507",
+        "qwq-32b",
+    ]  # fmt: skip
     for name in recipe_names():
         assert read_recipe(name).name == name
     assert len(all_profiles()) == sum(len(read_recipe(n).profiles) for n in recipe_names())
@@ -319,6 +322,9 @@ def model(architecture: str, name: str) -> Checkpoint:
         ("Qwen3ForCausalLM", "Qwen/Qwen3-8B", "qwen3"),
         ("Qwen3MoeForCausalLM", "Qwen/Qwen3-30B-A3B", "qwen3"),
         ("Qwen3ForCausalLM", "Qwen/Qwen3-8B-Base", None),
+        ("Qwen3ForCausalLM", "Qwen/Qwen3-4B-Instruct-2507", "qwen3-instruct-2507"),
+        ("Qwen3MoeForCausalLM", "Qwen/Qwen3-30B-A3B-Thinking-2507", "qwen3-thinking-2507"),
+        ("Qwen2ForCausalLM", "Qwen/Qwen2.5-14B-Instruct-1M", None),  # another theta, another eps
         ("Qwen3ForCausalLM", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", None),
         ("Qwen2ForCausalLM", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "deepseek-r1-distill"),
         ("LlamaForCausalLM", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "deepseek-r1-distill"),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from report_makers import HOSTILE, curve, group_points, panels
+from report_makers import HOSTILE, curve, group_panel, group_points, panels
 
 from quant.groups import KINDS as GROUP_KINDS
 from quant.report.axes import _log_ticks
@@ -31,7 +31,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def every_figure(n_layers: int = 6, title: str = "tiny"):
     points = curve()
     return [
-        error_panels(title, panels(n_layers)),
+        error_panels(title, [group_panel(n_layers), *panels(n_layers)]),
         heat_map(title, "activation error", "relative squared error", group_points(n_layers), 0.04),
         damage_curve(title, "activation error", points, points[2], "plain NF4"),
     ]
@@ -88,10 +88,14 @@ def test_the_numbers_beside_a_picture_are_exact():
     errors, heat, damage = every_figure()
     activation, weight = panels(6)
     rows = list(csv.DictReader(io.StringIO(errors.csv)))
-    assert [float(row["activation"]) for row in rows] == [p.value for p in activation.points]
-    assert [float(row["weight"]) for row in rows] == [p.value for p in weight.points]
-    assert [row["module"] for row in rows if row["kept_16_bit"] == "yes"] == [
+    groups, modules = ([r for r in rows if r["level"] == of] for of in ("group", "module"))
+    assert [float(row["activation"]) for row in modules] == [p.value for p in activation.points]
+    assert [float(row["weight"]) for row in modules] == [p.value for p in weight.points]
+    assert [row["name"] for row in modules if row["kept_16_bit"] == "yes"] == [
         p.name for p in weight.points if p.kept
+    ]
+    assert [(r["name"], float(r["activation"]), r["weight"]) for r in groups] == [
+        (p.name, p.value, "") for p in group_points(6)
     ]
     rows = list(csv.DictReader(io.StringIO(heat.csv)))
     assert [float(row["activation error"]) for row in rows] == [p.value for p in group_points(6)]
@@ -113,8 +117,8 @@ def test_a_spreadsheet_finds_no_formula_in_a_name():
 
 def test_what_is_kept_is_marked_and_the_threshold_drawn():
     errors, heat, _ = every_figure()
-    kept = {p.name for p in panels(6)[0].points if p.kept}
-    assert len(kept) == 4  # down of layer 0; q, k and v of layer 1
+    kept = {p.name for points in (panels(6)[0].points, group_points(6)) for p in points if p.kept}
+    assert len(kept) == 5  # down of layer 0, a group of its own; qkv, q, k and v of layer 1
     said = {tip.partition(":")[0] for tip in tips(errors) if tip.endswith("kept in 16 bits")}
     assert said == kept
     assert {"least kept", "0.04", "kept in 16 bits"} <= set(texts(errors.svg))
@@ -122,8 +126,9 @@ def test_what_is_kept_is_marked_and_the_threshold_drawn():
     assert "worse groups" not in heat.caption
     low = heat_map("t", "e", "u", group_points(6), threshold=0.001)
     assert "Some worse groups do not" in low.caption
-    bare = [Panel(p.metric, p.title, p.unit, p.points) for p in panels(6, threshold=None)]
+    bare = [group_panel(6, threshold=None), *panels(6)]
     assert "least kept" not in texts(error_panels("tiny", bare).svg)
+    assert texts(errors.svg).count("least kept") == 1  # a group's value is no module's
     marks = [e for e in inline(heat).iter("use") if "var(--ink)" in e.get("style", "")]
     assert len([e for e in marks if "fill: var(--surface)" in e.get("style")]) == 2
 
@@ -132,7 +137,7 @@ def test_every_point_says_its_name_and_value():
     errors, heat, damage = every_figure()
     wanted = {f"{p.name}: {p.value:.3g} relative squared error" for p in panels(6)[0].points}
     assert wanted <= {tip.removesuffix(", kept in 16 bits") for tip in tips(errors)}
-    assert len(tips(errors)) == 2 * 42 and len(tips(heat)) == 24 and len(tips(damage)) == 21
+    assert len(tips(errors)) == 24 + 2 * 42 and len(tips(heat)) == 24 and len(tips(damage)) == 21
 
 
 def test_points_of_a_layer_stand_in_order_and_in_their_place():
@@ -198,6 +203,13 @@ def test_any_value(values):
     assert len(tips(heat_map("t", "e", "u", points, 1e-5))) == 3
 
 
+def test_a_curve_without_a_choice():
+    drawing = damage_curve("t", "error", curve(), None, "plain NF4", sized="size of the layers")
+    said = texts(drawing.svg)
+    assert {"plain NF4, 6.6 MB", "16 bit, 13.6 MB", "size of the layers in MB"} <= set(said)
+    assert "chosen" not in drawing.svg + drawing.caption + drawing.csv
+
+
 def test_nothing_to_lose_is_drawn_too():
     points = [(10, 0.0), (20, 0.0)]
     assert "±0 %" in damage_curve("t", "error", points, points[0], "plain NF4").svg
@@ -223,6 +235,15 @@ def test_a_log_axis_has_a_few_round_labels(start, decades):
     assert 2 <= len(ticks) <= 10 and ticks == sorted(ticks)
     assert all(low <= tick <= high for tick in ticks)
     assert all(float(f"{tick:.4g}") == pytest.approx(tick, rel=1e-9) for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.15e-3, 7.2e-3), (1.1e-3, 0.2), (2e-6, 0.4), (0.0061, 0.0108)]
+)
+def test_labels_reach_both_ends_of_an_axis(low, high):
+    """No third of the axis is without a label."""
+    ticks = [low, *_log_ticks(low, high), high]
+    assert max(b / a for a, b in pairwise(ticks)) < (high / low) ** (1 / 3)
 
 
 # --- eyes -------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_numbers_can_be_taken_out():
     link = next(a["href"] for t, a in Outline(whole_page()).elements if t == "a")
     text = base64.b64decode(link.partition("base64,")[2]).decode()
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert [row["module"] for row in rows] == [p.name for p in panels(2, prefix="tiny")[0].points]
+    assert [row["name"] for row in rows] == [p.name for p in panels(2, prefix="tiny")[0].points]
 
 
 def test_an_empty_table_and_a_page_without_words():

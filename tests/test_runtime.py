@@ -438,6 +438,8 @@ MODEL_OF = {
     "deepseek-r1-distill": "DeepSeek-R1-Distill-Qwen-32B",
     "qwen2.5": "Qwen2.5-7B-Instruct",
     "qwen3": "Qwen3-8B",
+    "qwen3-instruct-2507": "Qwen3-8B",
+    "qwen3-thinking-2507": "Qwen3-8B",
     "qwq-32b": "QwQ-32B",
 }
 

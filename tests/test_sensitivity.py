@@ -242,10 +242,19 @@ def test_damaged_files_are_refused_with_the_reason(damage, tiny, tmp_path):
     assert error.why.isprintable()
 
 
-def test_a_small_negative_divergence_is_rounding(tiny, tmp_path):
+@pytest.mark.parametrize("value", [-1e-9, 1e13, 1e308, -1e308, 10**400])
+@pytest.mark.parametrize("metric", ["kld", "gradient", "activation"])
+def test_no_damage_below_nothing_or_beyond_reason(tiny, tmp_path, metric, value):
+    """Those who add them up and divide by them need not fear what comes out."""
     content = tiny[1].to_json()
-    content["groups"][GROUP]["kld"] = -1e-9
-    assert read_sensitivity(write(tmp_path / "s.json", content)).values("kld")[GROUP] == -1e-9
+    for group in content["groups"].values():
+        group[metric] = 1e12
+    path = write(tmp_path / "s.json", content)
+    assert read_sensitivity(path).values(metric)[GROUP] == 1e12
+    content["groups"][GROUP][metric] = value
+    with pytest.raises(BadInput, match="no usable file of sensitivities") as caught:
+        read_sensitivity(write(path, content))
+    assert "Measure again" in caught.value.next_step
 
 
 @pytest.mark.parametrize(
@@ -255,8 +264,9 @@ def test_a_small_negative_divergence_is_rounding(tiny, tmp_path):
 def test_what_is_no_json_object_is_refused(raw, tmp_path):
     path = tmp_path / "s.json"
     path.write_bytes(raw)
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput) as caught:
         read_sensitivity(path)
+    assert "qwq-quant measure" in caught.value.next_step  # not: download it again
 
 
 def test_no_file_a_folder_a_fifo_a_giant(tmp_path):

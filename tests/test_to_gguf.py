@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ggml_oracle
@@ -443,7 +442,7 @@ def test_chat_template_override(tiny_qwq, tmp_path):
     assert original.endswith("<think>\\n' }}{%- endif %}")
 
 
-# --- the output appears whole or not at all ---------------------------------------------------
+# --- the output appears whole or not at all; killed and ended runs are in test_resume.py ------
 
 
 def child(*args, limit=None):
@@ -467,35 +466,6 @@ def test_a_full_disk_leaves_the_old_file(tiny_qwq, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 74 and "larger than" in error and "Traceback" not in error
     assert (path.read_bytes(), sorted(os.listdir(tmp_path))) == before
-
-
-def test_a_killed_run_leaves_no_final_name_and_the_next_run_succeeds(tmp_path):
-    made = tmp_path / "model"
-    make_model("qwen2", made, num_hidden_layers=40, hidden_size=512, intermediate_size=2048)
-    process = child("to-gguf", made, "-o", tmp_path / "m.gguf", "--type", "F32")
-    deadline = time.monotonic() + 30
-    while not (partial := list(tmp_path.glob(".*.partial"))) or partial[0].stat().st_size < 1 << 20:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "m.gguf").exists()
-    assert run("to-gguf", made, "-o", tmp_path / "m.gguf", "--type", "F32").exit_code == 0
-    assert not list(tmp_path.glob(".*.partial"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_an_ended_run_cleans_up(number, tmp_path):
-    make_model("qwen2", tmp_path / "model", num_hidden_layers=60, hidden_size=512)
-    process = child("to-gguf", tmp_path / "model", "-o", tmp_path / "m.gguf", "--type", "Q4_K_M")
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob(".*.partial")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Interrupted" in error
-    assert sorted(os.listdir(tmp_path)) == ["model"]
 
 
 def test_a_second_run_on_the_same_output_is_refused(tiny_qwq, tmp_path):

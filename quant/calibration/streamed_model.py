@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from quant.calibration.experts import is_experts, watched_experts
-from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.hidden_states import HiddenStates, States
 from quant.calibration.weights import CheckpointWeights, Weights
 from quant.checkpoint import Checkpoint
 from quant.errors import BadInput
@@ -65,23 +65,21 @@ class StreamedLayer:
         return y[0] if isinstance(y, tuple) else y
 
     @torch.no_grad()
-    def run(self, source: HiddenStates, target: HiddenStates) -> None:
+    def run(self, source: States, target: HiddenStates) -> None:
         """All sequences through the layer; `target` may be `source` itself."""
         for part, x in self.micro_batches(source):
             target.tensor[part] = self.forward(x).cpu()
 
-    def micro_batches(
-        self, source: HiddenStates, share: int = 1
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+    def micro_batches(self, source: States, share: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
         """As many whole sequences as fit at once, on the model's device, and which they are.
 
         share: for callers that need so many times the memory of a plain forward.
         """
         n_at_once = max(1, self.n_at_once // share)
         device = next(self.module.parameters()).device
-        for start in range(0, len(source.tensor), n_at_once):
+        for start in range(0, source.n_sequences, n_at_once):
             part = slice(start, start + n_at_once)
-            yield part, source.tensor[part].to(device)
+            yield part, source.read(part).to(device)
 
     @contextmanager
     def watched(self, hook: InputHook) -> Iterator[None]:

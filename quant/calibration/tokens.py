@@ -53,8 +53,9 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
 
     Each begins with the BOS token where the tokenizer puts one before a text. When there is more
     text than asked for, the sequences are spread evenly over it, so that all its kinds are seen.
-    Raises BadInput if there is too little text for one sequence.
+    Raises BadInput if there is too little text for one sequence, or the model has no such context.
     """
+    _check_context(checkpoint, seq_len)
     tokenizer = read_tokenizer(checkpoint.folder)
     start = _start_tokens(tokenizer)
     encoded = (
@@ -75,6 +76,22 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
     pieces = stream[: n_there * payload].reshape(n_there, payload)[chosen].astype(np.int64)
     starts = np.broadcast_to(np.asarray(start, np.int64), (n_wanted, len(start)))
     return Tokens(np.concatenate([starts, pieces], axis=1), texts.name, texts.sha256)
+
+
+def context_length(checkpoint: Checkpoint) -> float:
+    """Tokens in the longest sequence that the model is made for; infinity if it does not say."""
+    stated = checkpoint.config.get("max_position_embeddings")
+    return stated if type(stated) is int and stated > 0 else math.inf
+
+
+def _check_context(checkpoint: Checkpoint, seq_len: int) -> None:
+    """Raise BadInput for sequences that are longer than the model's context."""
+    if seq_len > (longest := context_length(checkpoint)):
+        raise BadInput(
+            f"Sequences of {seq_len} tokens are too long for {printable(checkpoint.name)}.",
+            f"Its config.json says max_position_embeddings {longest}.",
+            f"Give --seq-len {longest}, or less.",
+        )
 
 
 def _pieces(text: str) -> list[str]:

@@ -5,23 +5,21 @@ told before 20 GB of weights are read.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from quant.chat.spelling import OPEN
-from quant.checkpoint import CONFIG, Checkpoint
 from quant.display import printable
+from quant.doctor.opening import open_small
 from quant.doctor.patient import THOUGHT, Patient
 from quant.doctor.sandbox import render
-from quant.errors import BadInput, InputMissing, Unavailable, UsageError
+from quant.errors import BadInput, Unavailable, UsageError
 from quant.evaluation.loops import CLOSE
 from quant.evaluation.runners import Runner, open_runner
-from quant.gguf_file import open_gguf
 from quant.hub import resolve
 from quant.runtime.run import Run, settle
-from quant.source import Source
 
 GREETING = "Hello"
 
@@ -62,8 +60,7 @@ def find_model(
     Raises one of quant.errors; UsageError for a context that its files do not allow.
     """
     found = resolve(model, **where)
-    source = _open(found.path, found.name, found.revision)
-    run = settle(source, model, recipe, profile, context)
+    run = settle(open_small(found), model, recipe, profile, context)
     if run.yarn is not None:
         raise UsageError(
             f"--context {run.context} needs YaRN, which this model's files do not turn on.",
@@ -74,20 +71,6 @@ def find_model(
     _check_template(run.patient)
     name = found.name if found.revision else found.path.resolve().name
     return Found(found.path, name, run)
-
-
-def _open(path: Path, name: str, revision: str | None) -> Source:
-    """The small files. A folder may be quantized in any way that its engine can load."""
-    if not path.is_dir():
-        return open_gguf(path)
-    folder = Checkpoint(path, name, revision, {}, {})
-    config = folder.read_json(CONFIG)
-    if config is None:
-        raise InputMissing(
-            f"{printable(path)} holds no {CONFIG}, so it is no model.",
-            next_step="Give the folder that holds config.json, or a .gguf file.",
-        )
-    return replace(folder, config=config)
 
 
 def _check_template(patient: Patient) -> None:

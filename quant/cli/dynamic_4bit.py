@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from quant.cli import options
-from quant.cli.mending import mend, mending_options
+from quant.cli.mending import lora_option, mend, mending_options
 
 FOR_THE_FIGURES = {"weight", "activation"}
 """Measured besides the metric that chooses; they cost next to nothing."""
@@ -30,7 +30,7 @@ FOR_THE_FIGURES = {"weight", "activation"}
 )
 @click.option(
     "--target-bpw",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.BitsPerWeight(),
     help="Instead of --budget: bits per weight of the decoder's linear layers. Plain 4-bit has "
     "4.13.",
 )
@@ -47,8 +47,16 @@ FOR_THE_FIGURES = {"weight", "activation"}
     help="What `qwq-quant measure` wrote; without it, MODEL is measured now.",
 )
 @options.format_4bit_options
+@click.option(
+    "--gptq",
+    is_flag=True,
+    help="Error feedback: the weights after one that was rounded make good its error on the "
+    "calibration text. Same format and size, closer outputs; slow without a GPU. --tokens must be "
+    "at least the widest layer's inputs, better four times as many: 110000 for a 32B model.",
+)
 @options.calibration_options(seq_len=256, n_tokens=8192)
 @mending_options
+@lora_option
 @click.option("--base-model", help="org/name of MODEL on the hub, for the model card.")
 @click.option(
     "--check/--no-check",
@@ -62,8 +70,8 @@ FOR_THE_FIGURES = {"weight", "activation"}
 @options.debug
 def command(
     model, output, budget, target_bpw, metric, sensitivity, quant_type, double_quant,
-    search_scales, calibration, n_tokens, seq_len, device, recipe, fix, base_model, check, dry_run,
-    force, output_format, **where,
+    search_scales, gptq, calibration, n_tokens, seq_len, device, recipe, fix, base_model, check,
+    dry_run, force, output_format, **where,
 ):  # fmt: skip
     """Write MODEL in 4 bits (bitsandbytes), its sensitive layers in 16.
 
@@ -75,6 +83,7 @@ def command(
     \b
     Examples:
       qwq-quant dynamic-4bit examples/tiny-qwq -o tiny-qwq-4bit
+      qwq-quant dynamic-4bit examples/tiny-qwq -o tiny-qwq-4bit --gptq
       qwq-quant dynamic-4bit examples/tiny-qwq -o plain --budget 0
       qwq-quant dynamic-4bit examples/tiny-qwq -o small --target-bpw 4.8 --dry-run
     """
@@ -82,14 +91,15 @@ def command(
     from quant.cli.measuring import prepared_check, run_measurement
     from quant.cli.plan_4bit import print_plan, print_written
     from quant.cli.plan_table import print_note
-    from quant.cli.progress import Progress
     from quant.dynamic_4bit import plan_4bit, plan_plain
+    from quant.errors import UsageError
     from quant.formats.nf4 import Bnb4bit
     from quant.sensitivity import read_sensitivity
     from quant.source import open_checkpoint
     from quant.write_4bit import check_output, write_4bit
 
     budget = _budget(budget, target_bpw)
+    gptq = gptq and budget.unit != "all"  # a 16-bit copy has no errors
     mended = mend(open_checkpoint(model, check_config=find_architecture, **where), recipe, fix)
     checkpoint = mended.source
     started = time.monotonic()
@@ -98,8 +108,15 @@ def command(
     if not dry_run:
         check_output(plain, output, force)
         if check:
-            run_check = prepared_check(checkpoint, n_tokens, seq_len, device)
+            run_check = prepared_check(checkpoint, device)
+    feedback = _feedback(plain, calibration, n_tokens, seq_len, device) if gptq else {}
     if sensitivity is not None:
+        if calibration is not None and not gptq:
+            raise UsageError(
+                "--calibration would not be used: --sensitivity says what was measured.",
+                "",
+                "Leave one of them out.",
+            )
         measured = read_sensitivity(sensitivity)
     elif budget.needs_choice:
         metrics = {metric, *FOR_THE_FIGURES}
@@ -107,16 +124,17 @@ def command(
             checkpoint, format, metrics, calibration, n_tokens, seq_len, device
         )
     plan = plan_4bit(checkpoint, format, budget, measured, metric)
-    plan = replace(plan, notes=(*mended.notes, *plan.notes))
+    plan = replace(plan, notes=(*mended.notes, *plan.notes), feedback=gptq)
     if dry_run:
         print_plan(plan, output_format)
         return
     for note in plan.notes:
         print_note(note, err=True)
-    with Progress("Writing, weights", plan.n_weights) as bar:
+    with _progress(plan) as bar:
         written = write_4bit(
             plan,
             output,
+            **feedback,
             force=force,
             base_model=base_model or (checkpoint.name if checkpoint.revision else None),
             command=options.typed_command(),
@@ -124,6 +142,26 @@ def command(
             check=run_check,
         )
     print_written(plan, written, time.monotonic() - started, output_format)
+
+
+def _feedback(plain, calibration: Path | None, n_tokens: int, seq_len: int, device: str) -> dict:
+    """What error feedback needs: tokens, and a device to run the model on."""
+    from quant.calibration.device import choose_device
+    from quant.cli.calibrating import calibration_tokens
+    from quant.write_with_feedback import check_tokens
+
+    tokens = calibration_tokens(plain.checkpoint, calibration, n_tokens, seq_len)
+    check_tokens(plain, tokens)
+    return {"tokens": tokens, "device": choose_device(device)}
+
+
+def _progress(plan):
+    """A bar of what write_4bit counts."""
+    from quant.cli.progress import Progress
+
+    if plan.feedback:
+        return Progress("Quantizing, layers", plan.groups[-1].layer + 1)
+    return Progress("Writing, weights", plan.n_weights)
 
 
 def _budget(budget, target_bpw: float | None):

@@ -47,16 +47,16 @@ def command(model, output, apply, everything, recipe, force, output_format, revi
       qwq-quant fix Qwen/QwQ-32B -o QwQ-32B-mended --pad-token '<|vision_pad|>'
       qwq-quant fix examples/tiny-qwq -o long --yarn 4
     """
+    from quant.doctor.opening import open_to_examine
     from quant.fix import Wanted, plan_fix, write_fix
-    from quant.source import open_source
 
-    source = open_source(
+    source = open_to_examine(
         model, revision=revision, token=token, cache_dir=cache_dir, offline=offline
     )
     ids = tuple(i.strip() for i in apply.split(",") if i.strip())
     plan = plan_fix(source, recipe, Wanted(ids, everything, **wishes))
     if not plan.contents:
-        _refuse_idle(plan)
+        _refuse_idle(plan, everything)
     fixed = write_fix(plan, output, force=force, command=options.typed_command())
     if output_format == "json":
         click.echo(json.dumps(_as_json(plan, fixed), indent=1))
@@ -64,15 +64,27 @@ def command(model, output, apply, everything, recipe, force, output_format, revi
         _print(plan, fixed)
 
 
-def _refuse_idle(plan) -> None:
+def _refuse_idle(plan, everything: bool) -> None:
+    """Say why there is nothing to write: no finding, none that was named, or only opinions."""
     from quant.errors import UsageError
 
     fixable = [f.id for f in plan.before.findings if f.check.mend]
-    raise UsageError(
-        "There is nothing to mend." if not fixable else "Nothing was asked to be mended.",
-        "" if not fixable else f"The doctor's findings that can be: {', '.join(fixable)}.",
-        "See: qwq-quant doctor MODEL" if not fixable else "Name them with --apply, or use --all.",
-    )
+    opinions = [f.id for f in plan.before.findings if f.check.mend and f.check.opinion]
+    if not fixable:
+        raise UsageError("There is nothing to mend.", "", "See: qwq-quant doctor MODEL")
+    if not everything:
+        raise UsageError(
+            "Nothing was asked to be mended.",
+            f"The doctor's findings that can be: {', '.join(dict.fromkeys(fixable))}.",
+            "Name them with --apply, or use --all.",
+        )
+    if opinions:
+        raise UsageError(
+            "Nothing is left for --all to mend.",
+            " ".join([f"Makers and users may differ on {', '.join(opinions)}.", *plan.notes]),
+            f"Name what you want: --apply {opinions[0]}",
+        )
+    raise UsageError("Nothing that was found can be mended.", " ".join(plan.notes))
 
 
 def _as_json(plan, fixed) -> dict:

@@ -1,24 +1,47 @@
-"""A GPTQ plan and its outcome, as lines for people or as JSON."""
+"""A GPTQ plan and its outcome, as tables that fit 80 columns or as JSON."""
 
 import json
 from dataclasses import asdict
 
 import click
 
-from quant.cli.plan_4bit import print_results
-from quant.cli.plan_table import print_note
+from quant.cli.plan_4bit import print_curve, print_gap, print_outcome, tokens_needed
+from quant.cli.plan_table import print_columns, print_note
 from quant.display import human_bytes, printable
 
 
 def print_plan(plan, output_format: str) -> None:
-    """What will be integers, how large it will be; notes. On stdout."""
+    """Groups with their errors, prices and bits; what it makes in all; notes. On stdout."""
     if output_format == "json":
         click.echo(json.dumps(_plan_json(plan), indent=1))
         return
-    click.echo(_summary(plan) + ".")
-    click.echo(f"At least {plan.widest} tokens of calibration text are needed.")
+    if plan.choice:
+        _print_groups(plan)
+        print_curve(plan.choice)
+        click.echo()
+    click.echo(f"{_summary(plan)}.")
+    if plan.widest:
+        click.echo(tokens_needed(plan).capitalize())
+    if plan.solution:
+        print_gap(plan.solution)
     for note in plan.notes:
         print_note(note)
+
+
+def _print_groups(plan) -> None:
+    """Every group, the worst damage first: damage in the fewest bits, what more cost, its bits."""
+    rows = [("group", plan.choice.metric, *(f"{n} bits cost" for n in plan.ladder[1:]), "")]
+    for group in sorted(plan.groups, key=lambda group: plan.damage[group.name], reverse=True):
+        least, *sizes = (plan.group_nbytes(group, bits) for bits in plan.ladder)
+        rows.append(
+            (
+                printable(group.name.removeprefix("model."), 34),
+                f"{plan.damage[group.name][0]:.2e}",
+                *(f"+{human_bytes(size - least)}" for size in sizes),
+                f"{plan.bits_of(group)}-bit",
+            )
+        )
+    print_columns(rows, right=tuple(range(1, len(rows[0]) - 1)))
 
 
 def print_written(plan, written, seconds: float, output_format: str) -> None:
@@ -35,27 +58,47 @@ def print_written(plan, written, seconds: float, output_format: str) -> None:
         return
     click.echo(f"{printable(written.folder)}/  {human_bytes(written.nbytes)} of weights")
     click.echo(f"{_summary(plan)}; {seconds:.1f} s.")
-    for name, damp in written.damped.items():
-        print_note(f"the inputs of {printable(name)} needed a damping of {damp:g}")
-    if written.results:
-        click.echo()
-        print_results(written.results)
+    print_outcome(written)
 
 
 def _summary(plan) -> str:
-    return (
-        f"{len(plan.quantized)} linears in {plan.format.bits} bits, {human_bytes(plan.nbytes)} in "
-        f"all, {plan.bits_per_weight:.2f} bits per weight of the linears"
-    )
+    counts = [
+        (sum(len(group.modules) for group in plan.groups if plan.bits_of(group) == bits), bits)
+        for bits in plan.ladder
+    ]
+    (n, bits), *more = [count for count in counts if count[0]]
+    linears = "".join([f"{n} linears in {bits} bits", *(f", {n} in {bits}" for n, bits in more)])
+    size = f"{human_bytes(plan.nbytes)} in all, {plan.bits_per_weight:.2f}"
+    return f"{linears}, {size} bits per {'linear weight' if more else 'weight of the linears'}"
 
 
 def _plan_json(plan) -> dict:
     """The whole plan, for programs."""
-    return {
+    content = {
         "model": plan.checkpoint.name,
         "quantization_config": plan.quantization_config,
+        "budget": asdict(plan.budget),
         "nbytes": plan.nbytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "quantized": list(plan.quantized),
         "notes": list(plan.notes),
+    }
+    if plan.choice:
+        content |= {
+            "metric": plan.choice.metric,
+            "groups": [_group_json(plan, group) for group in plan.groups],
+            "curve": [list(point) for point in plan.choice.curve],
+            "solution": asdict(plan.solution),
+        }
+    return content
+
+
+def _group_json(plan, group) -> dict:
+    """Its bits, and for each number that it could have had: damage and bytes."""
+    damage = dict(zip(plan.ladder, plan.damage[group.name], strict=True))
+    return {
+        "name": group.name,
+        "bits": plan.bits_of(group),
+        "damage": damage,
+        "nbytes": {bits: plan.group_nbytes(group, bits) for bits in plan.ladder},
     }

@@ -5,18 +5,20 @@ import time
 import click
 
 from quant.cli import options
+from quant.cli.mending import lora_option
 
 
 @click.command("imatrix")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=options.Output(), help="File to write (GGUF).")
 @options.calibration_options(seq_len=512, n_tokens=65536)
+@lora_option
 @options.force
 @options.model_options
 @options.debug
 def command(
     model, output, calibration, n_tokens, seq_len, device, force, revision, token, cache_dir,
-    offline,
+    offline, lora,
 ):  # fmt: skip
     """Compute the importance matrix of MODEL, for to-gguf --imatrix and llama-quantize.
 
@@ -30,8 +32,10 @@ def command(
           --imatrix imatrix.gguf
     """
     from quant.architectures import find_architecture
+    from quant.cli.plan_table import print_note
     from quant.cli.progress import Progress
     from quant.display import printable
+    from quant.lora import merge_notes
     from quant.output_file import check_output_file
     from quant.source import open_checkpoint, source_files
     from quant.texts import built_in_texts, read_texts
@@ -42,11 +46,14 @@ def command(
         token=token,
         cache_dir=cache_dir,
         offline=offline,
+        lora=lora,
         check_config=find_architecture,
     )
     check_output_file(
         output, force=force, sources=source_files(checkpoint), starts_with=b"GGUF", kind="GGUF file"
     )
+    for note in merge_notes(checkpoint.tensors):
+        print_note(note, err=True)
     texts = built_in_texts() if calibration is None else read_texts(calibration)
     started = time.monotonic()
 

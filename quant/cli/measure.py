@@ -5,6 +5,7 @@ import time
 import click
 
 from quant.cli import options
+from quant.cli.mending import lora_option
 
 
 @click.command("measure")
@@ -23,6 +24,7 @@ from quant.cli import options
 )
 @options.format_4bit_options
 @options.calibration_options(seq_len=256, n_tokens=8192)
+@lora_option
 @options.force
 @options.model_options
 @options.debug
@@ -43,8 +45,10 @@ def command(
     """
     from quant.architectures import find_architecture
     from quant.cli.measuring import run_measurement
+    from quant.cli.plan_table import print_note
     from quant.display import printable
     from quant.formats.nf4 import Bnb4bit
+    from quant.lora import merge_notes
     from quant.output_file import check_output_file
     from quant.sensitivity import write_sensitivity
     from quant.source import open_checkpoint, source_files
@@ -53,6 +57,8 @@ def command(
     check_output_file(
         output, force=force, sources=source_files(checkpoint), starts_with=b"{", kind="JSON file"
     )
+    for note in merge_notes(checkpoint.tensors):
+        print_note(note, err=True)
     started = time.monotonic()
     format = Bnb4bit(quant_type, double_quant, search_scales=search_scales)
     measured = run_measurement(checkpoint, format, metrics, calibration, n_tokens, seq_len, device)

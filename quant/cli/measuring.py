@@ -3,6 +3,15 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from quant.display import printable
+from quant.errors import BadInput
+
+LEAST_TOKENS = 256
+"""One sequence of the default length; fewer say nothing about a layer of a thousand inputs."""
+
+CHECKED_TOKENS, CHECKED_SEQ_LEN = 8192, 256
+"""Of held-out text: half of them are scored."""
+
 
 def run_measurement(
     checkpoint,
@@ -28,24 +37,37 @@ def run_measurement(
     if metrics - {"weight"}:
         texts = built_in_texts() if calibration is None else read_texts(calibration)
         tokens = cut_tokens(checkpoint, texts, n_tokens, seq_len)
+        _check_enough(tokens)
     model = StreamedModel(checkpoint, device=choose_device(device))
     with Progress("Measuring, layers", n_steps(model, tokens, metrics)) as bar:
         return measure(model, tokens, format, output_dtype(checkpoint), metrics, bar.advance)
 
 
-def prepared_check(checkpoint, n_tokens: int, seq_len: int, device: str):
+def _check_enough(tokens) -> None:
+    """Raise BadInput where there are too few tokens for numbers that mean anything."""
+    if tokens.n_tokens < LEAST_TOKENS:
+        raise BadInput(
+            f"{printable(tokens.text_name)} gives only {tokens.n_tokens} tokens to measure with.",
+            f"At least {LEAST_TOKENS} are needed, and some thousands for numbers to rely on.",
+            "Give a longer text with --calibration, or larger --tokens.",
+        )
+
+
+def prepared_check(checkpoint, device: str):
     """A check of what will be written: (plan, folder) -> results on the built-in held-out text.
 
+    The text is the same whatever the model was calibrated on, so that results can be compared.
     What can go wrong before that, goes wrong now.
     """
     from quant.calibration.device import choose_device
-    from quant.calibration.tokens import cut_tokens
+    from quant.calibration.tokens import context_length, cut_tokens
     from quant.check_4bit import N_MODELS, check_4bit
     from quant.cli.progress import Progress
     from quant.texts import held_out_texts
 
     device = choose_device(device)
-    tokens = cut_tokens(checkpoint, held_out_texts(), n_tokens, seq_len)
+    seq_len = min(CHECKED_SEQ_LEN, context_length(checkpoint))
+    tokens = cut_tokens(checkpoint, held_out_texts(), CHECKED_TOKENS, seq_len)
 
     def run(plan, folder: Path):
         n_layers = max(group.layer for group in plan.groups) + 1

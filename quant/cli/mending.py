@@ -1,6 +1,6 @@
-"""What commands that write a model share: its recipe, and mending it on the way."""
+"""What commands that write a model share: its recipe, mending it on the way, merging a LoRA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -28,13 +28,22 @@ def mending_options(command):
     return command
 
 
+lora_option = click.option(
+    "--lora",
+    metavar="ADAPTER",
+    help="Merge this LoRA into the weights as they are read: a folder that PEFT wrote, or org/name "
+    "on the hub.",
+)
+"""Its value goes to quant.source.open_source."""
+
+
 @dataclass(frozen=True)
 class Mended:
     """A model whose small files read as they would be mended; nothing was written."""
 
     source: Any  # quant.source.Source
     chosen: Any  # quant.recipe.Chosen, or None
-    notes: tuple[str, ...] = ()  # the recipe, if it was asked for or used; and what was mended
+    notes: tuple[str, ...] = ()  # what was merged; the recipe, if it was asked for or used; mends
 
 
 def mend(source, recipe: str | None, fix: str | None) -> Mended:
@@ -42,12 +51,15 @@ def mend(source, recipe: str | None, fix: str | None) -> Mended:
 
     Raises UsageError, BadInput or BadRecipe for a mend that cannot be made.
     """
+    from quant.lora import merge_notes
     from quant.recipe import choose_recipe
 
+    merged = tuple(merge_notes(source.tensors))
     if fix is not None:
-        return _fixed(source, recipe, fix)
+        mended = _fixed(source, recipe, fix)
+        return replace(mended, notes=(*merged, *mended.notes))
     chosen = choose_recipe(source, recipe)
-    return Mended(source, chosen, () if recipe is None else (_recipe_note(chosen),))
+    return Mended(source, chosen, (*merged, *(() if recipe is None else (_recipe_note(chosen),))))
 
 
 def _fixed(source, recipe: str | None, fix: str) -> Mended:

@@ -135,6 +135,16 @@ dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and write
 
 force = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
+# The names of quant.journal.MODES; a test holds them against each other.
+resume = click.option(
+    "--resume",
+    type=click.Choice(["auto", "required", "never"]),
+    default="auto",
+    show_default=True,
+    help="Go on with an interrupted run of the same job: if there is one, or else fail, or never: "
+    "remove what it left, and keep nothing for another.",
+)
+
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 
 
@@ -185,7 +195,7 @@ class BudgetType(click.ParamType):
     name = "budget"
 
     def convert(self, value, param, ctx):
-        from quant.dynamic_4bit import Budget
+        from quant.budget import Budget
 
         text = value.strip().lower()
         if text == "all":

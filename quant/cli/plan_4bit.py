@@ -18,7 +18,7 @@ def print_plan(plan, output_format: str) -> None:
         return
     if plan.choice:
         _print_groups(plan)
-        _print_curve(plan)
+        print_curve(plan.choice)
     print_totals(plan)
     for note in plan.notes:
         print_note(note)
@@ -40,9 +40,9 @@ def _print_groups(plan) -> None:
     print_columns(rows, right=(1, 2))
 
 
-def _print_curve(plan) -> None:
-    """The best choice at a few sizes between plain 4-bit and 16 bits, and the one chosen."""
-    curve, chosen = plan.choice.curve, plan.choice.chosen
+def print_curve(choice) -> None:
+    """The best choice at a few sizes between nothing kept and all in 16 bits; the one chosen."""
+    curve, chosen = choice.curve, choice.chosen
     plain, worst = curve[0]
     step = max(1, (len(curve) - 1) // (N_CURVE_ROWS - 1))
     points = sorted({*curve[::step], curve[-1], chosen})
@@ -67,11 +67,22 @@ def print_totals(plan) -> None:
         f"\n{n - kept} of {n} groups in {plan.format.quant_type.upper()}, {kept} kept 16-bit: "
         f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per linear weight"
     )
+    if plan.feedback and plan.widest:
+        click.echo(f"{plan.format_name}: {tokens_needed(plan)}")
     if plan.solution:
-        s = plan.solution
-        gap = "" if s.exact else f" (at most {_percent(s.damage, s.bound)} from the optimum)"
-        greedy = _percent(s.greedy_damage, s.damage)
-        click.echo(f"Choosing greedily by damage per byte would leave {greedy} more damage{gap}.")
+        print_gap(plan.solution)
+
+
+def tokens_needed(plan) -> str:
+    return f"at least {plan.widest} tokens of calibration text are needed."
+
+
+def print_gap(solution) -> None:
+    """How much worse the greedy choice would be, and how far the optimum may be."""
+    s = solution
+    gap = "" if s.exact else f" (at most {_percent(s.damage, s.bound)} from the optimum)"
+    greedy = _percent(s.greedy_damage, s.damage)
+    click.echo(f"Choosing greedily by damage per byte would leave {greedy} more damage{gap}.")
 
 
 def _percent(more: float, than: float) -> str:
@@ -85,6 +96,7 @@ def _plan_json(plan) -> dict:
         "model": plan.checkpoint.name,
         "format": asdict(plan.format),
         "budget": asdict(plan.budget),
+        "feedback": plan.feedback,
         "nbytes": plan.nbytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "kept": [group.name for group in plan.groups if group.name in plan.kept],
@@ -117,6 +129,7 @@ def print_written(plan, written, seconds: float, output_format: str) -> None:
             **_plan_json(plan),
             "folder": str(written.folder),
             "nbytes": written.nbytes,
+            "damped": written.damped,
             "results": [asdict(result) for result in written.results],
         }
         click.echo(json.dumps(content, indent=1))
@@ -127,6 +140,15 @@ def print_written(plan, written, seconds: float, output_format: str) -> None:
         f"{n - kept} of {n} groups in {plan.format.quant_type.upper()}, {kept} kept 16-bit, "
         f"{plan.bits_per_weight:.2f} bits per linear weight; {seconds:.1f} s."
     )
+    if plan.feedback:
+        click.echo(f"{plan.format_name}, each layer on the outputs of the quantized ones before.")
+    print_outcome(written)
+
+
+def print_outcome(written) -> None:
+    """What was unusual, and what was lost."""
+    for name, damp in written.damped.items():
+        print_note(f"the inputs of {printable(name)} needed a damping of {damp:g}")
     if written.results:
         click.echo()
         print_results(written.results)

@@ -23,7 +23,8 @@ METRICS = ("weight", "activation", "block", "gradient", "kld")
 @click.option(
     "--metric",
     type=click.Choice(METRICS),
-    help="What the map of layers shows. [default: activation, or weight where no text was run]",
+    help="What the first panel, the map of layers and the curve show. [default: the first measured "
+    "of gradient, kld, block, activation, weight]",
 )
 @options.force
 @options.debug
@@ -32,7 +33,7 @@ def command(sensitivity, output, metric, force):
 
     SENSITIVITY is the sensitivity.json of either. Writes report.html, one page that works offline
     and holds everything, and each figure as PNG and SVG with its numbers as CSV: errors of all
-    weights along depth, and a map of layers by kind.
+    weights along depth, a map of layers by kind, and predicted damage against size.
 
     \b
     Examples:

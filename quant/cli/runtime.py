@@ -38,12 +38,20 @@ def command(model, engine, profile, context, recipe, output, force, output_forma
       qwq-quant runtime QwQ-32B-Q4_K_M.gguf --engine ollama --profile unsloth -o .
       qwq-quant runtime Qwen/QwQ-32B --engine vllm --context 131072
     """
+    from quant.doctor.opening import open_to_run
+    from quant.errors import UsageError
     from quant.runtime import ENGINES
     from quant.runtime.run import settle
-    from quant.source import open_source
 
-    run = settle(open_source(model, **where), model, recipe, profile, context)
+    folder = Path() if output is None else output
+    run = settle(
+        open_to_run(model, **where), model, recipe, profile, context, where["revision"], folder
+    )
     launch = ENGINES[engine](run)
+    if output is not None and not launch.files:
+        raise UsageError(
+            f"There are no files for {engine}: its command says all.", "", "Leave -o out."
+        )
     if output is not None:
         _write(launch.files, output, force)
     if output_format == "json":
@@ -54,9 +62,11 @@ def command(model, engine, profile, context, recipe, output, force, output_forma
 
 def _write(files: dict[str, str], folder: Path, force: bool) -> None:
     from quant.display import printable
-    from quant.durable import write_whole
+    from quant.durable import translated_errors, write_whole
     from quant.errors import CannotCreate
 
+    with translated_errors(folder):
+        folder.mkdir(exist_ok=True)
     there = [name for name in files if (folder / name).exists()]
     if there and not force:
         raise CannotCreate(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from quant.cli import options
-from quant.cli.mending import mend, mending_options
+from quant.cli.mending import lora_option, mend, mending_options
 
 # The names of quant.mixtures.MIXTURES and quant.formats.FORMATS, written out so that --help need
 # not import numpy; a test holds them against each other.
@@ -112,6 +112,7 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
     "MODEL: as they are]",
 )
 @mending_options
+@lora_option
 @click.option("--pre-tokenizer", help="tokenizer.ggml.pre, where its rules are not recognised.")
 @click.option("--split-max-size", type=options.Size(), help="Largest file, for example 4GB.")
 @click.option(
@@ -123,13 +124,14 @@ NAN_POLICIES = ("refuse", "keep-16bit", "zero")
 )
 @options.dry_run
 @options.force
+@options.resume
 @options.output_format
 @options.model_options
 @options.debug
 def command(
-    model, output, output_format, dry_run, force, nan_policy, split_max_size, revision, token,
-    cache_dir, offline, target_bpw, target_size, output_type, embedding_type, tensor_types, pure,
-    recipe, fix, **wishes,
+    model, output, output_format, dry_run, force, resume, nan_policy, split_max_size, revision,
+    token, cache_dir, offline, target_bpw, target_size, output_type, embedding_type, tensor_types,
+    pure, recipe, fix, lora, **wishes,
 ):  # fmt: skip
     """Write MODEL as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
@@ -160,6 +162,7 @@ def command(
         token=token,
         cache_dir=cache_dir,
         offline=offline,
+        lora=lora,
         check_config=find_architecture,
     )
     mended = mend(source, recipe, fix)
@@ -171,7 +174,7 @@ def command(
     job = replace(job, notes=(*mended.notes, *job.notes))
     if dry_run:
         return _print_plan(job, output, output_format)
-    return _write(job, output, force, nan_policy, output_format)
+    return _write(job, output, force, nan_policy, output_format, resume)
 
 
 def _target(bits_per_weight: float | None, file_nbytes: int | None):
@@ -211,9 +214,12 @@ def _print_plan(job, output: Path, output_format: str) -> int:
     return needs.exit_code
 
 
-def _write(job, output: Path, force: bool, nan_policy: str, output_format: str) -> None:
+def _write(
+    job, output: Path, force: bool, nan_policy: str, output_format: str, resume: str
+) -> None:
     from quant.cli.plan_table import print_note
     from quant.cli.progress import BytesProgress
+    from quant.cli.resuming import resuming
     from quant.display import printable
     from quant.preflight import measure_needs, require
     from quant.write_gguf import output_path, result_summary, write_gguf
@@ -224,13 +230,14 @@ def _write(job, output: Path, force: bool, nan_policy: str, output_format: str) 
         print_note(note, err=True)
     started = time.monotonic()
     nbytes, n_weights = job.plan.nbytes, job.plan.n_weights
-    with BytesProgress("Writing", nbytes) as bar:
+    with BytesProgress("Writing", nbytes) as bar, resuming(resume, "tensor") as resume:
         result = write_gguf(
             job,
             path,
             force=force,
             nan_policy=nan_policy,
             command=options.typed_command(),
+            resume=resume,
             progress=lambda n: bar.advance(n * nbytes // n_weights),
             verifying=lambda: bar.message("Reading it back"),
         )

@@ -8,8 +8,9 @@ since E g g^T is the Fisher information of the next tokens with respect to y. To
 by one: the disturbances of two tokens are held to be independent. One t is drawn a position.
 # ref: Martens, New Insights and Perspectives on the Natural Gradient Method, arXiv 1412.1193
 
-The gradient needs a backward pass, which is streamed too: the input of every layer is kept (in a
-file when memory is short), and each layer is loaded again on the way back and differentiated alone.
+The gradient needs a backward pass, which is streamed too: the input of every layer is kept in a
+file, and each layer is loaded again on the way back and differentiated alone. In memory are the
+states between two layers, whatever the number of layers.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.hidden_states import HiddenStates, StatesFile
 from quant.calibration.streamed_model import StreamedLayer, StreamedModel, give_back_memory
 from quant.groups import Group
 from quant.measuring.local_errors import Rounding, difference, rounded
@@ -38,13 +39,13 @@ def measure_gradient(
 
     Calls progress(1) after each layer, forwards and backwards.
     """
-    inputs = _inputs_of_layers(model, tokens, progress)
-    gradient = _gradient_at_head(model, inputs.pop())
+    hidden, inputs = _forwards(model, tokens, progress)
+    gradient = _gradient_at_head(model, hidden)
     sums: dict[str, float] = {}
     for layer in model.layers(tokens.shape[1], backwards=True):
         of_layer = [group for group in groups if group.layer == layer.index]
         w_hat = rounded(layer, of_layer, rounding)
-        source = inputs.pop()
+        source = inputs[layer.index]
         for part, x in layer.micro_batches(source, share=2):  # the graph takes as much again
             upstream = gradient.tensor[part].to(x.device)
             downstream = _backwards(layer, of_layer, w_hat, x, upstream, sums)
@@ -55,30 +56,33 @@ def measure_gradient(
     return {name: 0.5 * total / tokens.size for name, total in sums.items()}
 
 
-def _inputs_of_layers(
+def _forwards(
     model: StreamedModel, tokens: np.ndarray, progress: Callable[[int], None]
-) -> list[HiddenStates]:
-    """What every layer is given, and last what the head is given."""
-    states = [model.embed(tokens)]
+) -> tuple[HiddenStates, StatesFile]:
+    """What the head is given, and what every layer was."""
+    hidden = model.embed(tokens)
+    inputs = StatesFile(model.n_layers, hidden)
     for layer in model.layers(tokens.shape[1]):
-        states.append(states[-1].like())
-        layer.run(states[-2], states[-1])
+        inputs.write(layer.index, hidden)
+        layer.run(hidden, hidden)
         progress(1)
-    return states
+    return hidden, inputs
 
 
 def _gradient_at_head(model: StreamedModel, states: HiddenStates) -> HiddenStates:
-    """d(-ln p(t)) / d(hidden) at every position, t drawn from the model's own distribution."""
-    gradient = states.like()
-    flat, out = (s.tensor.view(-1, s.tensor.shape[-1]) for s in (states, gradient))
+    """d(-ln p(t)) / d(hidden) at every position, t drawn from the model's own distribution.
+
+    It takes the place of the states.
+    """
+    flat = states.tensor.view(-1, states.tensor.shape[-1])
     generator = torch.Generator(device=model.device).manual_seed(SEED)
     for start in range(0, len(flat), POSITIONS_AT_ONCE):
         part = slice(start, start + POSITIONS_AT_ONCE)
-        hidden = flat[part].to(model.device).requires_grad_(True)
+        hidden = flat[part].to(model.device, copy=True).requires_grad_(True)
         x = model.norm(hidden)
         to_x = _gradient_of_sampled_loss(model, x.detach(), generator)
-        out[part] = torch.autograd.grad(x, hidden, to_x)[0].cpu()
-    return gradient
+        flat[part] = torch.autograd.grad(x, hidden, to_x)[0].cpu()
+    return states
 
 
 @torch.no_grad()

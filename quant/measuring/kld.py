@@ -7,27 +7,37 @@ travel through the layers together, so that each layer is loaded once for all of
               with group 0 quantized ---------------------> layer 1 ...
               with group 1 quantized ---------------------> layer 1 ...
 
-States are tokens x hidden x 4 bytes a group; past MAX_STATES_NBYTES there are several sweeps.
+States are tokens x hidden x 4 bytes a group; past MAX_STATES_NBYTES, or what the free memory has
+room for, there are several sweeps.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
-from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.hidden_states import SHARE_OF_MEMORY, HiddenStates
 from quant.calibration.streamed_model import StreamedModel
 from quant.evaluation.streamed import compare_streamed
 from quant.groups import Group
 from quant.measuring.local_errors import Rounding, rounded
+from quant.preflight import available_memory
 
-MAX_STATES_NBYTES = 4 << 30
+MAX_STATES_NBYTES = 2 << 30
+"""With a layer of QwQ-32B, its activations and the reference this stays below 8 GB."""
 
 
 def n_sweeps(model: StreamedModel, groups: list[Group], tokens: np.ndarray) -> int:
     """How often the whole model is run."""
     nbytes = tokens.size * model.hidden_size * model.dtype.itemsize
-    at_once = max(1, MAX_STATES_NBYTES // nbytes)
+    at_once = max(1, min(MAX_STATES_NBYTES, _room()) // nbytes - 1)  # 1: the reference
     return -(-len(groups) // at_once)
+
+
+@cache
+def _room() -> int:
+    """Bytes for states; looked up once, or the sweeps announced were not those that are made."""
+    return int(SHARE_OF_MEMORY * available_memory())
 
 
 def measure_kld(
@@ -65,4 +75,5 @@ def _sweep(
         layer.run(reference, reference)
         progress(1)
     scores = compare_streamed(model, reference, list(states.values()), tokens)
-    return {name: float(s.kld.mean()) for name, s in zip(states, scores, strict=True)}
+    means = (max(0.0, float(s.kld.mean())) for s in scores)  # rounding may leave -1e-9
+    return dict(zip(states, means, strict=True))

@@ -22,10 +22,14 @@ from torch.nn import functional as F
 
 from quant.calibration.hidden_states import HiddenStates
 from quant.calibration.streamed_model import StreamedLayer, StreamedModel, give_back_memory
+from quant.display import printable
+from quant.errors import BadInput
 from quant.groups import Group
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
-"""A weight (out, in) to its decoded low-bit copy, same shape, in a 16-bit type, on the CPU."""
+"""A weight (out, in) to its decoded low-bit copy, same shape, in a 16-bit type, on the CPU.
+
+Raises OverflowError if that type cannot hold the weight."""
 
 
 @dataclass
@@ -74,7 +78,7 @@ def measure_local_errors(
     errors = LocalErrors({}, {}, {})
     if tokens is not None:
         hidden = model.embed(tokens)
-        after = hidden.like()
+        after = hidden.like() if with_block else hidden
     for layer in model.layers(1 if tokens is None else tokens.shape[1]):
         of_layer = [group for group in groups if group.layer == layer.index]
         w_hat = rounded(layer, of_layer, rounding)
@@ -97,13 +101,21 @@ def measure_local_errors(
 def rounded(
     layer: StreamedLayer, groups: list[Group], rounding: Rounding
 ) -> dict[str, torch.Tensor]:
-    """The decoded low-bit copy of each linear of `groups`, in 16 bits, on the layer's device."""
-    linears = layer.linears
-    found = {
-        name: rounding(linears[name].weight.data).to(linears[name].weight.device)
-        for group in groups
-        for name in group.modules
-    }
+    """The decoded low-bit copy of each linear of `groups`, in 16 bits, on the layer's device.
+
+    Raises BadInput for a weight that float16 cannot hold, where that is the type.
+    """
+    linears, found = layer.linears, {}
+    for name in (name for group in groups for name in group.modules):
+        w = linears[name].weight.data
+        try:
+            found[name] = rounding(w).to(w.device)
+        except OverflowError:
+            raise BadInput(
+                f"{printable(name)}.weight has weights that float16 cannot hold.",
+                'They are beyond 65504, but config.json says "float16".',
+                'Set "dtype": "bfloat16" in a copy of the model\'s config.json.',
+            ) from None
     give_back_memory()
     return found
 

@@ -10,6 +10,8 @@ from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
 from quant.checkpoint import Checkpoint
 from quant.convert import worker_count
+from quant.display import printable
+from quant.errors import BadInput
 from quant.formats.nf4 import Bnb4bit
 from quant.groups import Group, find_groups
 from quant.manifest import library_versions
@@ -17,6 +19,7 @@ from quant.measuring.gradient import SEED, measure_gradient
 from quant.measuring.kld import measure_kld, n_sweeps
 from quant.measuring.local_errors import LocalErrors, Ratio, Rounding, measure_local_errors
 from quant.sensitivity import (
+    LARGEST,
     METRICS,
     MeasuredModule,
     Sensitivity,
@@ -56,6 +59,7 @@ def measure(
         for metric, run in (("gradient", measure_gradient), ("kld", measure_kld)):
             if metric in metrics:
                 found[metric] = run(model, groups, ids, rounding, progress)
+    _require_finite(found, model.checkpoint)
     tensors = model.checkpoint.tensors
     return Sensitivity(
         model=model_facts(model.checkpoint),
@@ -70,6 +74,20 @@ def measure(
         groups={group.name: group for group in groups},
         metrics={metric: found[metric] for metric in METRICS if metric in metrics | {"weight"}},
     )
+
+
+def _require_finite(found: dict[str, dict[str, float]], checkpoint: Checkpoint) -> None:
+    """Raise BadInput for a model that gives NaN or infinity."""
+    for metric, values in found.items():
+        for name, value in values.items():
+            if not value <= LARGEST:
+                raise BadInput(
+                    f"{printable(checkpoint.name)} cannot be measured: {metric} of "
+                    f"{printable(name)} is {value:g}.",
+                    "The model gives NaN or infinity somewhere: its weights are damaged, or they "
+                    "overflow in the type it is computed in.",
+                    "Download the checkpoint again, or ask its maker.",
+                )
 
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, str | None]:
@@ -99,7 +117,10 @@ def rounding_of(format: Bnb4bit, dtype: str, pool: Executor) -> Rounding:
     bits = STORED_DTYPES[stored]
 
     def rounded(w: torch.Tensor) -> torch.Tensor:
-        half = w.to(torch_dtype).cpu().view(torch.int16).numpy()
+        half = w.to(torch_dtype)
+        if not torch.isfinite(half).all():
+            raise OverflowError(f"a weight is beyond {dtype}")
+        half = half.cpu().view(torch.int16).numpy()
         parts = format.encode_rows(
             lambda start, stop: to_float32(half[start:stop].view(bits), stored),
             half.shape,

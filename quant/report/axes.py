@@ -6,6 +6,8 @@ from math import ceil, floor, log10
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+MOST_TICKS = 8
+
 
 def log_range(values: Sequence[float]) -> tuple[float, float]:
     """The ends of a log axis. Zeros are drawn on its lower end, below the least positive value."""
@@ -30,13 +32,13 @@ def log_axis(axis: Axis, low: float, high: float, room: float = 0.08) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers between `low` and `high`: powers of ten, or finer."""
+    """Three to eight round numbers between `low` and `high`: as fine as there is room for."""
     powers = range(floor(log10(low)), ceil(log10(high)) + 1)
-    stride = ceil(len(powers) / 8)
-    for factors in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+    stride = ceil(len(powers) / MOST_TICKS)
+    for factors in ((1, 1.5, 2, 3, 5, 7), range(1, 10), (1, 2, 5), (1, 3), (1,)):
         ticks = [float(f"{f}e{power}") for power in powers[::stride] for f in factors]
         ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
+        if 3 <= len(ticks) <= MOST_TICKS:
             return ticks
     return [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
 

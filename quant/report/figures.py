@@ -38,49 +38,66 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric along depth."""
+    """One metric along depth, of modules or of the groups that are quantized together."""
 
     metric: str
     title: str
     unit: str
     points: tuple[Point, ...]
-    threshold: float | None = None
+    threshold: float | None = None  # of just these points: a group's value is no module's
+    level: str = "module"  # or "group"
 
 
 # --- errors along depth -----------------------------------------------------------------------
 
 
 def error_panels(title: str, panels: Sequence[Panel]) -> Drawing:
-    """Errors of modules along depth, a panel for each metric; log scale.
+    """Errors along depth, a panel for each metric; log scale.
 
-    All panels have the same points (name, layer, kind, kept) in the same order.
+    All panels of a level have the same points (name, layer, kind, kept) in the same order.
     """
-    kinds = _kinds(panels[0].points)
-    n_layers = _n_layers(panels[0].points)
-    any_kept = any(point.kept for point in panels[0].points)
+    levels = {panel.level: panel.points for panel in panels}
+    n_layers = max(map(_n_layers, levels.values()))
+    any_kept = any(point.kept for points in levels.values() for point in points)
 
     def draw(figure: Figure) -> Tips:
         figure.set_size_inches(FIGURE_WIDTH, 0.9 + 2.5 * len(panels))
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         tips = {}
+        explained = set()
         for ax, panel in zip(axes, panels, strict=True):
+            kinds = _kinds(panel.points)
             tips |= _draw_panel(ax, panel, kinds, n_layers)
+            if panel.level not in explained:
+                _legend(ax, kinds, any_kept)
+                explained.add(panel.level)
         _depth_axis(axes[-1], n_layers)
-        _legend(axes[0], kinds, any_kept)
         return tips
 
-    caption = (
-        capitalized(" and ".join(panel.title.lower() for panel in panels))
-        + f" of {len(panels[0].points)} modules in {n_layers} layers, on a log scale"
+    seen = (
+        " and ".join(_inside(panel.title) for panel in panels if panel.level == level)
+        + f" of {len(points)} {level}s"
+        for level, points in levels.items()
     )
-    caption += ". Rings mark what stays in 16 bits." if any_kept else "."
+    caption = capitalized("; ".join(seen)) + f" in {n_layers} layers, on a log scale."
+    if any_kept:
+        caption += " Rings mark what stays in 16 bits."
+    if thresholds := [panel.threshold for panel in panels if panel.threshold is not None]:
+        caption += f" The dashed line is the least that does: {number(thresholds[0])}."
     caption += _about_zeros(panels)
-    rows = [
-        (p.name, p.kind, p.layer, _yes_no(p.kept), *(panel.points[i].value for panel in panels))
-        for i, p in enumerate(panels[0].points)
-    ]
-    header = ["module", "kind", "layer", "kept_16_bit", *(panel.metric for panel in panels)]
-    return render("errors", title, caption, draw, header, rows)
+    return render("errors", title, caption, draw, *_panel_rows(panels))
+
+
+def _panel_rows(panels: Sequence[Panel]) -> tuple[list[str], list[tuple]]:
+    """The numbers: a row for each group, then for each module; a column for each metric."""
+    metrics = list(dict.fromkeys(panel.metric for panel in panels))
+    rows = []
+    for level in dict.fromkeys(panel.level for panel in panels):
+        of_level = {panel.metric: panel.points for panel in panels if panel.level == level}
+        for i, p in enumerate(next(iter(of_level.values()))):
+            values = (of_level[m][i].value if m in of_level else None for m in metrics)
+            rows.append((level, p.name, p.kind, p.layer, _yes_no(p.kept), *values))
+    return ["level", "name", "kind", "layer", "kept_16_bit", *metrics], rows
 
 
 def _draw_panel(ax: Axes, panel: Panel, kinds: list[str], n_layers: int) -> Tips:
@@ -97,7 +114,8 @@ def _draw_panel(ax: Axes, panel: Panel, kinds: list[str], n_layers: int) -> Tips
 
     for kind in kinds:
         points = sorted((p for p in panel.points if p.kind == kind), key=lambda p: p.layer)
-        colour, gid = COLOURS[KINDS[kind].colour].light, f"{panel.metric}-{kind}"
+        colour = COLOURS[KINDS[kind].colour].light
+        gid = f"{panel.level}-{panel.metric}-{kind}"
         ax.plot(*place(points), color=colour, linewidth=0.8, alpha=0.3, zorder=2)
         look = {"s": area, "c": colour, "marker": KINDS[kind].marker, "linewidths": 0}
         ax.scatter(*place(points), **look, gid=gid, zorder=3)
@@ -106,7 +124,7 @@ def _draw_panel(ax: Axes, panel: Panel, kinds: list[str], n_layers: int) -> Tips
     ax.scatter(*place([point for point in panel.points if point.kept]), **rings, zorder=4)
     spread = max(1.0, (2 / (high / low)) ** 0.5)  # less than a factor of 2 is not blown up
     log_axis(ax.yaxis, low / spread, high * spread)
-    ax.set_title(panel.title)
+    ax.set_title(f"{panel.title}, by group" if panel.level == "group" else panel.title)
     ax.set_ylabel(panel.unit)
     if panel.threshold:
         _draw_threshold(ax, panel.threshold)
@@ -243,15 +261,19 @@ def damage_curve(
     title: str,
     metric: str,
     curve: Sequence[tuple[int, float]],
-    chosen: tuple[int, float],
+    chosen: tuple[int, float] | None,
     plain_name: str,
     chosen_name: str = "chosen",
+    sized: str = "size",
 ) -> Drawing:
-    """Predicted damage, as a share of plain 4 bits', against size; the chosen point is marked.
+    """Predicted damage, as a share of that without any 16 bits, against size.
 
-    curve: (nbytes, damage) of the best choices, from plain 4 bits to 16 bits, smallest first.
+    curve: (nbytes, damage) of the best choices, from all in 4 bits to 16 bits, smallest first.
+    chosen: the point that is marked, if there is one; sized: what the bytes are those of.
     """
-    ends = [(*curve[0], plain_name), (*curve[-1], "16 bit"), (*chosen, chosen_name)]
+    ends = [(*curve[0], plain_name), (*curve[-1], "16 bit")]
+    if chosen:
+        ends.append((*chosen, chosen_name))
     plain_nbytes, plain_damage = curve[0]
     unit, scale = ("GB", 1e9) if curve[-1][0] >= 1e9 else ("MB", 1e6)
 
@@ -268,53 +290,60 @@ def damage_curve(
         ax.fill_between(x, y, color=colour, alpha=0.08, linewidth=0)
         dots = {"s": 18 if len(x) < 80 else 2, "linewidths": 0, "zorder": 3}
         ax.scatter(x, y, color=colour, gid="curve", **dots)
-        _draw_ends(ax, [(nbytes / scale, percent(damage)) for nbytes, damage, _ in ends])
+        marks = [(nbytes / scale, percent(damage)) for nbytes, damage, _ in ends]
+        _draw_ends(ax, marks)
         texts = [f"{name}, {human_bytes(nbytes)}" for nbytes, _, name in ends]
-        texts[2] += (
-            f": {change(chosen[0], plain_nbytes)} bytes, "
-            f"{change(chosen[1], plain_damage)} predicted damage"
-        )
-        _label_ends(ax, x[0], x[-1], chosen[0] / scale, percent(chosen[1]), texts)
+        if chosen:
+            texts[2] += (
+                f": {change(chosen[0], plain_nbytes)} bytes, "
+                f"{change(chosen[1], plain_damage)} predicted damage"
+            )
+        _label_ends(ax, marks, texts)
         ax.set_ylim(-4, 114)
-        ax.set_xlabel(f"size in {unit}")
-        ax.set_ylabel(f"predicted damage, % of {plain_name}")
+        ax.set_xlabel(f"{sized} in {unit}")
+        ax.set_ylabel(f"predicted damage, % of\n{plain_name}")
         return {"curve": [f"{human_bytes(n)}: {percent(d):.1f} %" for n, d in curve]}
 
-    caption = (
-        f"Predicted damage ({metric}) of the best choice at every size. The chosen one has "
-        f"{human_bytes(chosen[0])}, {change(chosen[0], plain_nbytes)} against {plain_name}, and "
-        f"{percent(chosen[1]):.0f} % of its predicted damage."
-    )
-    labels = [plain_name, *[""] * (len(curve) - 2), "16 bit", chosen_name]
+    caption = f"Predicted damage ({metric}) of the best choice at every size."
+    if chosen:
+        caption += (
+            f" The chosen one has {human_bytes(chosen[0])}, {change(chosen[0], plain_nbytes)} "
+            f"against {plain_name}, and {percent(chosen[1]):.0f} % of its predicted damage."
+        )
+    labels = [plain_name, *[""] * (len(curve) - 2), "16 bit", *[name for *_, name in ends[2:]]]
+    points = [*curve, *([chosen] if chosen else [])]
     rows = [
         (nbytes, damage, percent(damage), label)
-        for (nbytes, damage), label in zip([*curve, chosen], labels, strict=True)
+        for (nbytes, damage), label in zip(points, labels, strict=True)
     ]
     header = ["nbytes", "predicted_damage", "percent_of_plain", "label"]
     return render("damage", title, caption, draw, header, rows)
 
 
 def _draw_ends(ax: Axes, ends: Sequence[tuple[float, float]]) -> None:
-    """Plain 4 bits, 16 bits, and what was chosen."""
+    """All in 4 bits, 16 bits, and what was chosen, if anything was."""
     open_mark = {"s": 46, "facecolors": SURFACE, "edgecolors": INK, "linewidths": 1.2}
     full_mark = {"s": 90, "color": ACCENT, "edgecolors": SURFACE, "linewidths": 1.5}
-    for end, marker, style in zip(ends, "sDo", (open_mark, open_mark, full_mark), strict=True):
+    for end, marker, style in zip(ends, "sDo", (open_mark, open_mark, full_mark), strict=False):
         ax.scatter(*end, marker=marker, zorder=4, clip_on=False, **style)
 
 
-def _label_ends(
-    ax: Axes, plain: float, full: float, chosen: float, percent: float, texts: Sequence[str]
-) -> None:
-    """Texts beside the three marks. What was chosen may be one of the ends: then only it speaks.
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+    """Texts beside the marks. What was chosen may be one of the ends: then only it speaks.
 
     Far to the right its text would lie on the curve: it stands above, with a line to the mark.
     """
     room = {"boxstyle": "square,pad=0.15", "facecolor": SURFACE, "edgecolor": "none", "alpha": 0.8}
     common = {"textcoords": "offset points", "bbox": room, "zorder": 3.5}
-    if chosen > plain:
+    (plain, _), (full, _), *rest = ends
+    chosen = rest[0][0] if rest else None
+    if chosen != plain:
         ax.annotate(texts[0], (plain, 100), xytext=(9, 4), **common)
-    if chosen < full:
+    if chosen != full:
         ax.annotate(texts[1], (full, 0), xytext=(0, 10), ha="right", **common)
+    if chosen is None:
+        return
+    percent = rest[0][1]
     common |= {"text": texts[2], "xy": (chosen, percent), "fontweight": "bold"}
     if chosen - plain > 0.4 * (full - plain):
         line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkB": 6}
@@ -336,6 +365,11 @@ def number(value: float) -> str:
 def capitalized(text: str) -> str:
     """ "KL divergence" keeps its capitals, which str.capitalize would lower."""
     return text[:1].upper() + text[1:]
+
+
+def _inside(title: str) -> str:
+    """A title as it stands inside a sentence."""
+    return title if title[1:2].isupper() else title[:1].lower() + title[1:]
 
 
 def change(new: float, old: float) -> str:

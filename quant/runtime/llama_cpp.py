@@ -7,7 +7,8 @@ the file would win over it.
 
 import shlex
 
-from quant.runtime.run import Launch, Run
+from quant.checkpoint import read_config
+from quant.runtime.run import OWN, Launch, Run
 
 FLAGS = {
     "temp": "--temp",
@@ -36,7 +37,7 @@ def launch(run: Run) -> Launch:
     if not run.is_gguf:
         gguf = f"{run.slug}-Q4_K_M.gguf"
         commands.append(to_gguf_command(run, gguf))
-    words = ["llama-server", "-m", _path(gguf), "--jinja", "-c", str(run.context), "-ngl", "99"]
+    words = ["llama-server", "-m", as_word(gguf), "--jinja", "-c", str(run.context), "-ngl", "99"]
     words += ["--samplers", shlex.quote(run.sequence)]
     settings = run.profile.settings()
     for name, flag in FLAGS.items():
@@ -61,14 +62,21 @@ def launch(run: Run) -> Launch:
 
 
 def to_gguf_command(run: Run, gguf: str) -> str:
-    """The conversion that has to come first, with the profile's keys in the file."""
-    words = ["qwq-quant", "to-gguf", shlex.quote(run.model), "-o", _path(gguf), "--type", "Q4_K_M"]
-    if run.profile_name != "the model's own":
-        words += ["--sampling", shlex.quote(run.profile_name)]
+    """The conversion that has to come first, with the profile's keys in the file.
+
+    Raises BadInput for a folder that is quantized already.
+    """
+    read_config(run.patient.checkpoint.folder)
+    model = run.model if run.revision is None else f"{run.model}@{run.revision}"
+    words = ["qwq-quant", "to-gguf", as_word(model), "-o", as_word(gguf), "--type", "Q4_K_M"]
+    if run.recipe_name is not None:
+        words += ["--recipe", as_word(run.recipe_name)]
+    if run.profile_name != OWN:
+        words += ["--sampling", as_word(run.profile_name)]
     return " ".join(words)
 
 
-def _path(path: str) -> str:
+def as_word(path: str) -> str:
     """A path for a command line: one that begins with a dash is no option."""
     return shlex.quote(f"./{path}" if path.startswith("-") else path)
 

@@ -1,16 +1,19 @@
 """Ollama: a Modelfile, and the `params` and `template` files that `ollama run hf.co/...` reads.
 
 Grammar: one instruction a line, a value with line breaks between triple quotes, # for comments.
-# ref: https://docs.ollama.com/modelfile; ollama, parser/parser.go (August 2026)
+Ollama's own parser, CreateRequest, template.Parse and thinking.InferTags (its Go packages of August
+2026, run on their own) took every shipped profile's Modelfile. `ollama create` itself was not run.
+# ref: https://docs.ollama.com/modelfile; ollama, parser/parser.go, commit fb30760
 """
 
 import json
+import os
 import textwrap
 from pathlib import Path
 
 from quant.display import printable
 from quant.doctor.patient import QUESTION
-from quant.runtime.llama_cpp import to_gguf_command
+from quant.runtime.llama_cpp import as_word, to_gguf_command
 from quant.runtime.ollama_templates import go_template
 from quant.runtime.run import Launch, Run
 
@@ -34,7 +37,8 @@ def launch(run: Run) -> Launch:
     """`ollama create` with a Modelfile that leaves nothing to a default."""
     gguf = run.model if run.is_gguf else f"{run.slug}-Q4_K_M.gguf"
     commands = [] if run.is_gguf else [to_gguf_command(run, gguf)]
-    commands += [f"ollama create {run.slug} -f Modelfile", f"ollama run {run.slug}"]
+    modelfile = as_word(str(run.folder / "Modelfile"))
+    commands += [f"ollama create {run.slug} -f {modelfile}", f"ollama run {run.slug}"]
     parameters, notes = _parameters(run), _notes(run)
     opener = run.patient.talk.opener if run.patient.template is not None else None
     opens = run.patient.template is not None and run.patient.talk.opens_think
@@ -80,7 +84,7 @@ def _modelfile(
 ) -> str:
     lines = [f"# {run.slug}, profile {printable(run.profile_name)}. Made by qwq-quant runtime."]
     lines += [f"# {line}" for note in notes for line in _wrapped(note)]
-    lines += [f"FROM {_from(gguf)}", f"REQUIRES {REQUIRES}", ""]
+    lines += [f"FROM {_from(gguf, run.folder)}", f"REQUIRES {REQUIRES}", ""]
     if template is not None:
         lines += [f'TEMPLATE """{template}"""', ""]
     system = default_system(run)
@@ -92,10 +96,11 @@ def _modelfile(
     return "\n".join(lines) + "\n"
 
 
-def _from(gguf: str) -> str:
-    """A path that Ollama takes for a file: absolute, or with a ./ before it."""
+def _from(gguf: str, folder: Path) -> str:
+    """A path that Ollama takes for a file: absolute, or from the Modelfile's folder on."""
     path = Path(gguf)
-    return str(path) if path.is_absolute() else f"./{gguf.removeprefix('./')}"
+    text = str(path) if path.is_absolute() else f"./{os.path.relpath(path, folder)}"
+    return text if text == text.strip() else f'"{text}"'
 
 
 def default_system(run: Run) -> str | None:
@@ -104,8 +109,8 @@ def default_system(run: Run) -> str | None:
     before = (text or "").partition(QUESTION)[0]
     _, found, rest = before.partition("<|im_start|>system\n")
     system, ended, _ = rest.partition("<|im_end|>")
-    # The text is a stranger's: quotes that would end it early, or odd characters, are left out.
-    fine = system.replace("\n", "").isprintable() and '"' not in system
+    # The text is a stranger's: not with quotes that would end it early, or odd characters.
+    fine = system.replace("\n", "").isprintable() and '"""' not in system
     return system if found and ended and system.strip() and fine else None
 
 

@@ -1,13 +1,17 @@
 """What is to be run and how: settled once, then said in each engine's own words."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
 
 from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.doctor.patient import SETTINGS, Patient
-from quant.doctor.rope import stated_rope
+from quant.doctor.rope import is_number, stated_rope
 from quant.errors import BadInput, UsageError
 from quant.inspection.architecture import IN_CONFIG, IN_GGUF, read_sizes
 from quant.inspection.facts import is_count, text_at
@@ -15,6 +19,9 @@ from quant.metadata_keys import SAMPLING
 from quant.recipe import Profile, Yarn, choose_recipe, find_profile
 from quant.sampling import DEFAULT_SEQUENCE, PREFIX, sampling_from_generation_config
 from quant.source import Source
+
+OWN = "the model's own"
+"""What stands for a profile's name where the model's files settle the sampling."""
 
 USUAL_CONTEXT = 32768
 """Long enough for a thought; a KV cache for QwQ's 131072 would take 34 GB."""
@@ -25,12 +32,15 @@ class Run:
     """A model, its sampling settings, and its context."""
 
     patient: Patient
-    model: str  # as it is typed: a path or org/name; printable
+    model: str  # a path, or org/name; printable
+    revision: str | None  # of org/name, if one was asked for
     profile_name: str
     profile: Profile
     context: int
     yarn: Yarn | None  # to be turned on for this context
     theta: float | None
+    recipe_name: str | None = None  # as it was named, a file perhaps; None: by the model's identity
+    folder: Path = Path()  # where the files that go with it will lie
 
     @property
     def is_gguf(self) -> bool:
@@ -40,7 +50,7 @@ class Run:
     def slug(self) -> str:
         """A short name for a local model: letters, digits, dots and dashes."""
         last = self.model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
-        return re.sub(r"[^a-z0-9.]+", "-", last.lower()).strip("-.") or "model"
+        return re.sub(r"[^a-z0-9.]+", "-", last.lower())[:60].strip("-.") or "model"
 
     @property
     def sequence(self) -> str:
@@ -67,23 +77,43 @@ def settle(
     recipe: str | None = None,
     profile: str | None = None,
     context: int | None = None,
+    revision: str | None = None,
+    folder: Path = Path(),
 ) -> Run:
     """Choose the profile, and YaRN where the context needs it.
 
-    Raises UsageError for a context that the model does not reach, BadRecipe for an unknown profile.
+    model: as it was typed; folder: where files will be written. Raises UsageError for a context
+    that the model does not reach, BadRecipe for an unknown profile.
     """
-    if not model.isprintable():
-        raise BadInput(
-            f"The name {printable(model)} has characters that cannot be typed.",
-            "It would stand in a command or a file that programs read line by line.",
-            "Rename it.",
-        )
+    for name in (model, str(folder)):
+        if not name.isprintable():
+            raise BadInput(
+                f"The name {printable(name)} has characters that cannot be typed.",
+                "It would stand in a command or a file that programs read line by line.",
+                "Rename it.",
+            )
     chosen = choose_recipe(source, recipe)
     patient = Patient(source, chosen)
     profile_name, settings = _settings(patient, profile)
     context, yarn = _context(patient, context)
     theta = stated_rope(patient.config).get("rope_theta") if patient.container != "gguf" else None
-    return Run(patient, model, profile_name, settings, context, yarn, theta)
+    if isinstance(source, Checkpoint) and source.revision is not None:
+        typed = model.removeprefix("hf://").partition("@")[2]
+        model, revision = source.name, typed or revision
+    else:
+        model, revision = os.path.expanduser(model), None
+    return Run(
+        patient,
+        model,
+        revision,
+        profile_name,
+        settings,
+        context,
+        yarn,
+        theta if is_number(theta) else None,
+        recipe,
+        folder,
+    )
 
 
 def _settings(patient: Patient, name: str | None) -> tuple[str, Profile]:
@@ -98,7 +128,16 @@ def _settings(patient: Patient, name: str | None) -> tuple[str, Profile]:
     else:
         keys = sampling_from_generation_config(patient.generation or {})
     own = {k.removeprefix(PREFIX): v.data for k, v in keys.items()}
-    return "the model's own", Profile(**{k: v for k, v in own.items() if k in SAMPLING})
+    try:
+        return OWN, Profile(**{k: v for k, v in own.items() if k in SAMPLING})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BadInput(
+            f"The model's own setting {printable('.'.join(map(str, first['loc'])), 60)} is "
+            f"{printable(repr(first['input']), 60)}.",
+            f"{printable(first['msg'])}.",
+            "Choose other settings with --profile; qwq-quant recipes lists them.",
+        ) from None
 
 
 def _context(patient: Patient, wanted: int | None) -> tuple[int, Yarn | None]:
@@ -106,6 +145,8 @@ def _context(patient: Patient, wanted: int | None) -> tuple[int, Yarn | None]:
     stated, scaled = _stated_context(patient)
     context = min(stated, USUAL_CONTEXT) if wanted is None else wanted
     yarn = patient.recipe.yarn if patient.recipe else None
+    if yarn is not None and stated > yarn.reach:
+        yarn = None  # trained for longer texts than the family that its name fits
     if yarn is not None:
         yarn = Yarn(factor=yarn.factor, original_context=min(yarn.original_context, stated))
     if context < 16:
@@ -136,8 +177,8 @@ def _stated_context(patient: Patient) -> tuple[int, bool]:
         arch = text_at(patient.metadata, "general.architecture") or ""
         pairs = patient.metadata.items()
         keys = {k.removeprefix(f"{arch}."): v.data for k, v in pairs if k.startswith(f"{arch}.")}
-        stated, scaled = read_sizes(keys, IN_GGUF)["context"], "rope.scaling.type" in keys
-        scaled = scaled and keys["rope.scaling.type"] != "none"
+        stated = read_sizes(keys, IN_GGUF)["context"]
+        scaled = text_at(patient.metadata, f"{arch}.rope.scaling.type") not in (None, "none")
         where = f"{arch}.context_length"
     else:
         stated = read_sizes(patient.config, IN_CONFIG)["context"]

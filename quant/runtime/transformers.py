@@ -2,6 +2,7 @@
 
 from quant.display import printable
 from quant.errors import UsageError
+from quant.runtime.llama_cpp import as_word
 from quant.runtime.run import Launch, Run
 from quant.runtime.vllm import GENERATION_NAMES, yarn_overrides
 
@@ -12,9 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 MODEL = {model!r}
 
-config = AutoConfig.from_pretrained(MODEL)
-{overrides}tokenizer = AutoTokenizer.from_pretrained(MODEL)
-model = AutoModelForCausalLM.from_pretrained(MODEL, config=config, dtype="auto", device_map="auto")
+config = AutoConfig.from_pretrained(MODEL{revision})
+{overrides}tokenizer = AutoTokenizer.from_pretrained(MODEL{revision})
+model = AutoModelForCausalLM.from_pretrained(
+    MODEL{revision}, config=config, dtype="auto", device_map="auto"
+)
 
 messages = [{{"role": "user", "content": "How many r's are in the word \\"strawberry\\"?"}}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -50,6 +53,7 @@ def launch(run: Run) -> Launch:
         slug=run.slug,
         profile=printable(run.profile_name).replace("\\", "").replace('"', ""),
         model=run.model,
+        revision="" if run.revision is None else f", revision={run.revision!r}",
         overrides=overrides,
         max_new_tokens=run.reasoning_budget,
         do_sample=do_sample,
@@ -62,4 +66,5 @@ def launch(run: Run) -> Launch:
             f"generate() has nothing for: {', '.join(lost)}. Its order is fixed: the repetition "
             "penalty, temperature, top-k, top-p, min-p."
         )
-    return Launch(("python run.py",), {"run.py": program}, tuple(notes))
+    path = as_word(str(run.folder / "run.py"))
+    return Launch((f"python {path}",), {"run.py": program}, tuple(notes))

@@ -7,7 +7,7 @@ import json
 import shlex
 
 from quant.errors import UsageError
-from quant.runtime.llama_cpp import folded
+from quant.runtime.llama_cpp import as_word, folded
 from quant.runtime.run import Launch, Run
 
 GENERATION_NAMES = {
@@ -29,7 +29,10 @@ def launch(run: Run) -> Launch:
         )
     settings = run.profile.settings()
     defaults = {t: settings[o] for o, t in GENERATION_NAMES.items() if o in settings}
-    words = ["vllm", "serve", shlex.quote(run.model), "--max-model-len", str(run.context)]
+    words = ["vllm", "serve", as_word(run.model)]
+    if run.revision is not None:
+        words += ["--revision", shlex.quote(run.revision)]
+    words += ["--max-model-len", str(run.context)]
     words += ["--override-generation-config", shlex.quote(json.dumps(defaults))]
     recipe, notes = run.patient.recipe, []
     if recipe is not None and recipe.vllm_reasoning_parser:

@@ -1,7 +1,7 @@
 """What a sink wrote, and the proof: every byte is read back from the disk and compared."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,15 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 from quant.display import printable
+from quant.durable import PendingFile
 from quant.errors import OutputFailed
 from quant.gguf_file import TensorEntry
 from quant.tensors import TensorInfo
 
 READ_BACK_NBYTES = 8 << 20
+
+Tick = Callable[[], None]
+"""Called now and then while bytes are read; what it raises ends that."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,15 @@ class WrittenTensor:
 
     entry: TensorEntry
     xxh3_128: str
+
+    @classmethod
+    def from_json(cls, found: dict) -> "WrittenTensor":
+        """One that dataclasses.asdict and JSON gave away.
+
+        Raises KeyError, TypeError or ValueError for what is none.
+        """
+        entry = {**found["entry"], "shape": tuple(found["entry"]["shape"])}
+        return cls(TensorEntry(**entry), found["xxh3_128"])
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,9 @@ class WrittenFile:
     tensors: tuple[WrittenTensor, ...]
 
 
-def hash_file(path: Path, tensors: Iterable[TensorInfo]) -> tuple[dict[str, str], str]:
+def hash_file(
+    path: Path, tensors: Iterable[TensorInfo], tick: Tick = lambda: None
+) -> tuple[dict[str, str], str]:
     """xxh3_128 of each tensor and sha256 of the whole file, in one pass and two threads.
 
     The one is compared with what was written, and costs next to nothing; the other is what the
@@ -53,10 +68,24 @@ def hash_file(path: Path, tensors: Iterable[TensorInfo]) -> tuple[dict[str, str]
                 tensor_hash.update(block)
                 pending.result()
                 at += len(block)
+                tick()
             hashes[info.name] = tensor_hash.hexdigest()
         while block := file.read(READ_BACK_NBYTES):
             whole.update(block)
     return hashes, whole.hexdigest()
+
+
+def is_there(file: PendingFile, offset: int, nbytes: int, xxh3: str, tick: Tick) -> bool:
+    """Whether a file that was taken up holds at `offset` the bytes with that xxh3_128."""
+    digest, end = xxh3_128(), offset + nbytes
+    while offset < end:
+        block = file.read_at(offset, min(READ_BACK_NBYTES, end - offset))
+        if not block:
+            return False
+        digest.update(block)
+        offset += len(block)
+        tick()
+    return digest.hexdigest() == xxh3
 
 
 def differs(written: WrittenFile, what: str) -> OutputFailed:

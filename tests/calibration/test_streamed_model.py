@@ -7,7 +7,7 @@ from model_makers import MODELS, make_model
 from transformers import AutoModelForCausalLM
 
 from quant.calibration import hidden_states
-from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.hidden_states import HiddenStates, StatesFile
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.weights import ChangedWeights, CheckpointWeights
 from quant.checkpoint import Checkpoint
@@ -169,14 +169,45 @@ def test_large_states_are_kept_in_a_file(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())  # the files go with the states
 
 
+def test_all_states_share_one_budget(monkeypatch):
+    """A quarter of 4000 bytes: one of 600 fits, two do not."""
+    monkeypatch.setattr(hidden_states, "_held", {})
+    monkeypatch.setattr(hidden_states, "available_memory", lambda: 4000)
+    first = HiddenStates((5, 5, 6), torch.float32)
+    second, third = first.like(), first.like()
+    assert [first.in_file, second.in_file, third.in_file] == [False, True, True]
+    del first
+    assert not second.like().in_file
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_come_back_from_their_file(dtype, tmp_path):
+    states = HiddenStates((5, 3, 4), dtype)
+    file = StatesFile(3, states, tmp_path)
+    written = [torch.randn(5, 3, 4).to(dtype) for _ in range(3)]
+    for i, values in enumerate(written):
+        states.tensor[:] = values
+        file.write(i, states)
+    states.tensor.zero_()
+    for i in (2, 1, 0):
+        for part in (slice(0, 5), slice(1, 3), slice(4, 9)):
+            assert torch.equal(file[i].read(part), written[i][part])
+        assert file[i].n_sequences == 5
+    assert not any(tmp_path.iterdir())  # it has no name: nothing is left whatever happens
+
+
 def test_a_full_disk_is_an_error_and_not_a_crash(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hidden_states, "available_memory", lambda: 0)
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OutputFailed, match="disk became full"):
+    with pytest.raises(OutputFailed, match="no room for them"):
         HiddenStates((1, 1, 1), torch.float32)
+    monkeypatch.setattr(hidden_states, "available_memory", lambda: 10**9)
+    with pytest.raises(OutputFailed) as caught:
+        StatesFile(2, HiddenStates((1, 1, 1), torch.float32))
+    assert "TMPDIR" in caught.value.next_step
 
 
 def test_nan_weights_are_named(tmp_path):

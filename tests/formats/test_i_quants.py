@@ -269,7 +269,9 @@ def test_a_scale_beyond_float16_is_refused(format, size):
     rng = np.random.default_rng(0)
     w = (rng.uniform(-1, 1, (2, 512)) * size).astype(np.float32)
     importances = [np.ones(512, np.float32), usual_importance(rng, 512)]
-    for importance in importances if format.name in REFUSES_WITHOUT_IMPORTANCE else [None, *importances]:
+    if format.name not in REFUSES_WITHOUT_IMPORTANCE:
+        importances.append(None)
+    for importance in importances:
         with pytest.raises(Float16Overflow, match="65504"):
             format.encode(w, importance)
 

@@ -1,0 +1,111 @@
+"""Writes the weights of a model that is quantized with error feedback, as it is quantized.
+
+Every linear sees what the quantized ones before it put out, so the linears come in the order of the
+model's own computation. What stays 16-bit is written first. Of the source, one decoder layer is in
+memory at a time; of the result, one linear.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from quant.algorithms.gptq import NotFinite, Rounded
+from quant.calibration.feedback import quantize_streamed
+from quant.calibration.streamed_model import StreamedModel
+from quant.calibration.tokens import Tokens
+from quant.checkpoint import Checkpoint
+from quant.display import printable
+from quant.errors import BadInput
+from quant.groups import Group
+from quant.model_folder import STORED, Source
+from quant.sinks.safetensors import ShardedSink
+from quant.sinks.written import WrittenFile
+from quant.tensors import TensorReader
+
+
+class FeedbackPlan(Protocol):
+    """What the plans of all formats have in common that are made with error feedback."""
+
+    checkpoint: Checkpoint
+    dtype: str  # "bfloat16" or "float16": of what stays
+    quantized_groups: tuple[Group, ...]  # in the order in which they are quantized
+    stays: tuple[str, ...]  # names of the tensors that are 16-bit, in the order of the checkpoint
+    widest: int  # the most columns that any quantized linear has
+
+    def parts(self, module: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """The tensors that a linear's weight becomes: (name, safetensors' dtype, shape)."""
+
+
+Encode = Callable[[str, torch.Tensor, torch.Tensor], tuple[Mapping[str, np.ndarray], Rounded]]
+"""(full dotted name of a linear, W, H of its inputs) -> its tensors by name, what they stand for.
+
+May raise NotFinite."""
+
+
+def write_with_feedback(
+    plan: FeedbackPlan,
+    encode: Encode,
+    tokens: Tokens,
+    folder: Path,
+    device: str,
+    progress: Callable[[int], None],
+) -> tuple[list[WrittenFile], dict[str, float]]:
+    """The weight files, and the damping that each linear's H needed.
+
+    Calls progress(1) after each layer. Raises BadInput for weights or inputs that are not finite.
+    """
+    tensors, stored = plan.checkpoint.tensors, STORED[plan.dtype]
+    planned = [(name, stored, tensors[name].shape) for name in plan.stays]
+    for group in plan.quantized_groups:
+        for module in group.modules:
+            planned += plan.parts(module)
+    sink, damps = ShardedSink(folder, planned), {}
+
+    def quantize(module: str, W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+        try:
+            parts, rounded = encode(module, W, H)
+        except NotFinite as error:
+            raise _not_finite(module, error) from None
+        for name, _, _ in plan.parts(module):
+            sink.write(name, parts[name])
+        damps[module] = rounded.damp
+        return rounded.W_hat
+
+    try:
+        with TensorReader() as reader:
+            for name in plan.stays:
+                sink.write(name, Source(tensors[name], reader, plan.dtype).blocks())
+        if plan.quantized_groups:
+            model = StreamedModel(plan.checkpoint, device=device)
+            quantize_streamed(model, plan.quantized_groups, tokens.ids, quantize, progress)
+        return sink.finish(), damps
+    finally:
+        sink.discard()
+
+
+def check_tokens(plan: FeedbackPlan, tokens: Tokens) -> None:
+    """Raise BadInput for fewer tokens than the widest linear has inputs.
+
+    From so few, H cannot tell how its inputs go together, and what is made good on the calibration
+    text is spoiled on others. KL divergence of examples/tiny-qwq (768 inputs at most) in 4 bits,
+    against plain rounding's: 19 % more from 512 tokens, 5 % less from 1024, 63 % less from 4096.
+    """
+    if tokens.n_tokens < plan.widest:
+        raise BadInput(
+            f"{tokens.n_tokens} tokens of calibration text are too few: the widest linear has "
+            f"{plan.widest} inputs.",
+            "With fewer tokens than inputs, errors are made good on that text alone.",
+            f"Give --tokens {4 * plan.widest} or more, and a text (--calibration) that has them.",
+        )
+
+
+def _not_finite(module: str, error: NotFinite) -> BadInput:
+    return BadInput(
+        f"{printable(module)} cannot be quantized: {error}.",
+        "There are NaN or infinite values among what flows through the model: weights before it "
+        "are damaged, or activations overflow.",
+        "Run `qwq-quant inspect` and `qwq-quant doctor` on the model.",
+    )
