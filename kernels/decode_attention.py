@@ -146,6 +146,8 @@ def supports(a: torch.Tensor, kv: QuantizedKV, mask: torch.Tensor | None) -> str
         return f"head size {head_size} with values in {kv.value_bits} bits"
     if batch != kv.k.shape[0] or n_heads % kv.k.shape[1]:
         return f"{batch} x {n_heads} query heads over {kv.k.shape[0]} x {kv.k.shape[1]}"
+    if not all(x.is_contiguous() for x in kv.buffers):
+        return "buffers that are not contiguous"
     if mask is None:
         return ""
     if mask.ndim == 2:

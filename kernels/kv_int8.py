@@ -122,20 +122,27 @@ def allocate(
     channels: ChannelScales | None = None,
     device: torch.device | str = "cpu",
 ) -> QuantizedKV:
-    """Empty buffers, not initialised: whoever reads must stop at `length`."""
+    """Empty buffers, not initialised: whoever reads must stop at `length`.
+
+    Raises ValueError for head sizes that cannot be, or channels that are not those of k.
+    """
     check_head_size(k_size)
     check_head_size(v_size, value_bits)
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=device)
 
-    return QuantizedKV(
-        k=empty(capacity, k_size, dtype=torch.uint8),
-        k_scale=empty(1, capacity, dtype=torch.float32),
-        v=empty(capacity, v_size * value_bits // 8, dtype=torch.uint8),
-        v_scale=empty(8 // value_bits, capacity, dtype=torch.float32),
-        channels=channels,
-    )
+    # What is made in inference mode cannot be written to outside of it; a cache may go on there.
+    with torch.inference_mode(False):
+        kv = QuantizedKV(
+            k=empty(capacity, k_size, dtype=torch.uint8),
+            k_scale=empty(1, capacity, dtype=torch.float32),
+            v=empty(capacity, v_size * value_bits // 8, dtype=torch.uint8),
+            v_scale=empty(8 // value_bits, capacity, dtype=torch.float32),
+            channels=channels,
+        )
+    _check_channels(channels, heads, k_size, kv.k.device, 8)
+    return kv
 
 
 def token_nbytes(k_size: int, v_size: int, value_bits: int = 8) -> int:
@@ -151,10 +158,12 @@ def _quantize_rows(y: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Ten
     largest = y.abs().amax(-1, keepdim=True)  # NaN and infinity come through
     finite = torch.isfinite(largest)
     live = finite & (largest >= TINY)
-    # As tensors: a number divided by a tensor is that tensor's rounded reciprocal times the number.
-    to_steps = torch.where(live, torch.full_like(largest, level) / largest, 0.0)
+    # A tensor, for a division by it and of it to be rounded once: where one side is a number, torch
+    # multiplies by a rounded reciprocal (divided by a number, only on CUDA).
+    level_each = torch.full_like(largest, level)
+    to_steps = torch.where(live, level_each / largest, 0.0)
     q = torch.round(torch.where(finite, y, 0.0) * to_steps) + (level + 1)
-    scale = torch.where(live, largest / level, torch.where(finite, 0.0, torch.nan))
+    scale = torch.where(live, largest / level_each, torch.where(finite, 0.0, torch.nan))
     return q.to(torch.uint8), scale.squeeze(-1)
 
 
@@ -192,6 +201,7 @@ def reference_dequantize(
     return x.to(dtype)
 
 
+@torch.no_grad()  # the buffers would join k's graph, and keep it
 def reference(kv: QuantizedKV, k: torch.Tensor, v: torch.Tensor) -> None:
     """`append` in plain torch, and its implementation where there is no CUDA."""
     new = slice(kv.length, kv.length + k.shape[2])
@@ -207,10 +217,11 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (batch, heads, tokens, head_size), any strides -> (q, scale) as in `QuantizedKV`.
 
-    Raises ValueError for a head size or dtype that cannot be.
+    Raises ValueError for a head size or dtype that cannot be, or channels that are not x's.
     """
-    check_head_size(x.shape[-1], bits)
     _check_states(x)
+    check_head_size(x.shape[-1], bits)
+    _check_channels(channels, x.shape[1], x.shape[3], x.device, bits)
     if not x.is_cuda:
         return reference_quantize(x, bits, channels)
     from qwq_kernels import kv_int8_triton
@@ -227,11 +238,21 @@ def dequantize(
 ) -> torch.Tensor:
     """(q, scale) -> (batch, heads, tokens, head_size) of `dtype`, into `out` if given.
 
-    q and scale may be the first tokens of longer buffers.
+    q and scale may be the first tokens of longer buffers. Raises ValueError for sizes that do not
+    belong together, or an `out` whose channels are not side by side.
     """
+    batch, heads, n_tokens, n_bytes = q.shape
+    shape = (batch, heads, n_tokens, n_bytes * scale.shape[2])
+    if scale.shape[2] not in (1, 2) or scale.shape != (batch, heads, scale.shape[2], n_tokens):
+        raise ValueError(f"scales of {tuple(scale.shape)} for {tuple(q.shape)} bytes")
+    _check_channels(channels, heads, shape[3], q.device, 8 // scale.shape[2])
     if out is None:
-        n = q.shape[-1] * scale.shape[2]
-        out = torch.empty(*q.shape[:-1], n, dtype=dtype, device=q.device)
+        out = torch.empty(shape, dtype=dtype, device=q.device)
+    elif out.shape != shape or out.stride(3) != 1 or out.device != q.device:
+        raise ValueError(
+            f"out is {tuple(out.shape)} on {out.device} with strides {out.stride()}; needed is "
+            f"{shape} on {q.device} with a last stride of 1"
+        )
     if not q.is_cuda:
         return out.copy_(reference_dequantize(q, scale, out.dtype, channels))
     from qwq_kernels import kv_int8_triton
@@ -262,6 +283,21 @@ def _check_states(x: torch.Tensor) -> None:
         raise ValueError(f"{x.dtype}: one of {', '.join(map(str, DTYPES))} is needed")
 
 
+def _check_channels(
+    channels: ChannelScales | None, heads: int, size: int, device: torch.device, bits: int
+) -> None:
+    if channels is None:
+        return
+    if bits != 8:
+        raise ValueError(f"channel scales are for 8 bits, not {bits}")
+    for name, x in (("mid", channels.mid), ("range", channels.range)):
+        if tuple(x.shape) != (heads, size) or x.device != device or x.dtype != torch.float32:
+            raise ValueError(
+                f"{name} of the channels is {x.dtype} {tuple(x.shape)} on {x.device}, needed is "
+                f"{torch.float32} {(heads, size)} on {device}"
+            )
+
+
 def _check_append(kv: QuantizedKV, k: torch.Tensor, v: torch.Tensor) -> None:
     _check_states(k)
     _check_states(v)
@@ -272,5 +308,7 @@ def _check_append(kv: QuantizedKV, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(f"{name} is {tuple(x.shape)}, the cache needs {wanted}")
         if x.device != kv.k.device:
             raise ValueError(f"{name} is on {x.device}, the cache on {kv.k.device}")
+    if not all(x.is_contiguous() for x in kv.buffers):
+        raise ValueError("the cache's buffers are not contiguous")
     if kv.length + k.shape[2] > kv.capacity:
         raise ValueError(f"{kv.length} + {k.shape[2]} tokens, but room for {kv.capacity}")

@@ -12,6 +12,7 @@ is a whole number of 0 .. 255, which bfloat16 holds exactly.
 """
 
 import torch
+import torch.nn.functional as F
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """qv uint8 (batch, heads, tokens, head_size); scale and zero_point (batch, heads, tokens, 1)."""
@@ -22,15 +23,18 @@ def quantize_cache_v(
 ) -> Quantized:
     """fdata (batch, heads, tokens, head_size) -> (qv, scale, zero_point), of fdata's dtype.
 
-    Raises ValueError if qmin .. qmax is no range of `bits` bits, or bits more than a byte has.
+    Raises ValueError if qmin .. qmax is no range of `bits` bits, or bits more than a byte has, or
+    fdata has not 4 dimensions.
     """
+    if fdata.ndim != 4:
+        raise ValueError(f"{fdata.ndim} dimensions instead of (batch, heads, tokens, head_size)")
     low, high = int(qmin), int(qmax)
     if not 0 <= low < high < 2**bits <= 256:
         raise ValueError(f"qmin {low} to qmax {high} is no range of {bits} bits, 8 at most")
     x = fdata.float()
-    flat = x.flatten(2)  # (batch, heads, tokens * head_size)
-    largest = flat.amax(-1).clamp_min(0)[..., None, None]
-    smallest = flat.amin(-1).clamp_max(0)[..., None, None]
+    flat = F.pad(x.flatten(2), (0, 1))  # (batch, heads, tokens * head_size + 1), the last one 0
+    largest = flat.amax(-1)[..., None, None]
+    smallest = flat.amin(-1)[..., None, None]
     scale = ((largest - smallest) / (high - low)).to(fdata.dtype)  # as it will be read
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero_point = torch.round(low - smallest / scale.float()).clamp(low, high)

@@ -11,10 +11,13 @@
 3. Qwen's tables: memory of a model of Qwen-7B's shape with random weights, against what Qwen
    published. The cache is filled to `length` tokens less the steps that are then decoded: memory is
    at its peak at the end. `peak` is what torch had allocated, which is compared; `device` is what
-   the driver counts, CUDA's own half gigabyte included. Which of them Qwen counted is not known.
+   the driver counts, CUDA's own half gigabyte included. Which of them Qwen counted is not known;
+   its GB are GiB, since 15.0 of them hold 15.4e9 bytes of weights and a cache.
 
-Times are medians of device time; a gigabyte of zeros is written between any two, so that nothing is
-found in a cache. Results go to benchmarks/kv_cache.csv; the exit code is 1 if a check fails.
+Times are medians of device time; four gigabytes of zeros are written between any two, so that
+nothing is found in a cache. Each result is in benchmarks/kv_cache.csv as soon as it is printed.
+What fails (memory, say) is a row that says so, and the next one follows. The exit code is 1 if a
+check is missed or anything failed; a target that is missed does not change it.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -64,8 +68,8 @@ PUBLISHED = {
 N_STEPS = 8
 """Decoded in each row of the tables."""
 
-DEADLINE_S = 400
-"""After so many seconds no row is begun any more."""
+TIMINGS_END_S, TABLES_END_S = 240, 400
+"""After so many seconds no timing and no row of the tables is begun any more."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ FULL = Sizes(
         (1, 4096, 28, 4), (1, 32768, 28, 4), (8, 4096, 40, 8),  # too small for the targets
     ],
     min_tokens=256 * 1024,
-    flush=GIB,
+    flush=4 * GIB,
     repeats=20,
     model=QWEN_7B,
     rows=list(PUBLISHED),
@@ -128,6 +132,13 @@ class Machine:
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started
 
+    def is_late(self, end_s: float, what: str) -> bool:
+        """Whether `end_s` is over; then it says that `what` is left out."""
+        late = self.elapsed_s > end_s
+        if late:
+            print(f"{what}: left out, {self.elapsed_s:.0f} s are over", flush=True)
+        return late
+
     def write_much(self) -> None:
         """Keep the device busy for a while, and leave nothing of interest in its caches."""
         if self._flush is None:
@@ -137,8 +148,8 @@ class Machine:
     def times_ms(self, function) -> list[float]:
         """Of each repetition, device time, after two for warming up.
 
-        Writing the gigabyte takes the device longer than the host needs to launch `function`, so
-        that the host's time is not measured.
+        Writing four gigabytes takes the device a millisecond, longer than the host needs to launch
+        `function`, so that the host's time is not measured.
         """
         for _ in range(2):
             function()
@@ -186,41 +197,54 @@ class Machine:
 
 
 class Results:
-    """Rows of the CSV; printed as they come."""
+    """Rows of the CSV; printed and written as they come: a run cut short leaves its part."""
 
-    def __init__(self):
+    COLUMNS = ("part", "case", "measure", "value", "unit", "target", "verdict")
+
+    def __init__(self, path: Path, machine: Machine):
         self.rows: list[dict] = []
-
-    def add(self, part: str, case: str, measure: str, value: float, unit: str,
-            target: str = "", ok: bool | None = None) -> None:  # fmt: skip
-        verdict = {True: "ok", False: "MISSED", None: ""}[ok]
-        self.rows.append(
-            {"part": part, "case": case, "measure": measure, "value": f"{value:.6g}",
-             "unit": unit, "target": target, "verdict": verdict}
-        )  # fmt: skip
-        print(f"{case:44} {measure:26}{value:12.5g} {unit:8} {target:12} {verdict}", flush=True)
-
-    @property
-    def n_failed_checks(self) -> int:
-        return sum(row["part"] == "check" and row["verdict"] == "MISSED" for row in self.rows)
-
-    def write(self, path: Path, machine: Machine) -> None:
-        about = {
+        self._path = path
+        self._about = {
             "date": datetime.date.today().isoformat(),
             "machine": machine.name,
             "python": platform.python_version(),
         }
         for package in ("torch", "triton", "transformers"):
             try:
-                about[package] = version(package)
+                self._about[package] = version(package)
             except PackageNotFoundError:
-                about[package] = ""
-        path.parent.mkdir(exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*self.rows[0], *about])
-            writer.writeheader()
-            writer.writerows(row | about for row in self.rows)
-        print(f"{len(self.rows)} rows written to {path}")
+                self._about[package] = ""
+
+    def add(self, part: str, case: str, measure: str, value: float, unit: str,
+            target: str = "", ok: bool | None = None) -> None:  # fmt: skip
+        verdict = {True: "ok", False: "MISSED", None: ""}[ok]
+        values = (part, case, measure, f"{value:.6g}", unit, target, verdict)
+        row = dict(zip(self.COLUMNS, values, strict=True)) | self._about
+        if not self.rows:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a" if self.rows else "w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append(row)
+        print(f"{case:44} {measure:26}{value:12.5g} {unit:8} {target:12} {verdict}", flush=True)
+
+    def attempt(self, part: str, case: str, function, *arguments) -> None:
+        """Call function(*arguments). What it raises becomes a row, and whoever called goes on."""
+        try:
+            function(*arguments)
+        except Exception as error:  # no memory, no such backend, a kernel that does not compile
+            traceback.print_exc(limit=-3)
+            self.add(part, case, f"failed: {type(error).__name__}", 1, "", ok=False)
+
+    def count(self, **wanted: str) -> int:
+        """Rows that have these values."""
+        return sum(wanted.items() <= row.items() for row in self.rows)
+
+    @property
+    def n_failed(self) -> int:
+        return sum(row["measure"].startswith("failed: ") for row in self.rows)
 
 
 def randn(machine: Machine, *shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -387,15 +411,12 @@ def check_model(machine: Machine, results: Results) -> None:
 def run_checks(machine: Machine, results: Results) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        check_quantizing(machine, results)
-        check_attention(machine, results)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    check_far_addresses(machine, results)
-    machine.clear()
-    check_stream(machine, results)
-    check_model(machine, results)
+    for check in (check_quantizing, check_attention):
+        results.attempt("check", check.__name__, check, machine, results)
+    torch.use_deterministic_algorithms(False)
+    for check in (check_far_addresses, check_stream, check_model):
+        results.attempt("check", check.__name__, check, machine, results)
+        machine.clear()
 
 
 # --- 2. timings -------------------------------------------------------------------------------
@@ -472,39 +493,52 @@ def peers(a: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict:
 
 def fastest_peer(machine: Machine, a, k, v) -> tuple[str, float]:
     best = "none", float("inf")
-    warnings.simplefilter("ignore")  # why a backend cannot
     for name, call in peers(a, k, v).items():
         if name.startswith("math") and machine.cuda:
             continue  # converts everything; never the fastest
         try:
-            ms = statistics.median(machine.times_ms(call))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # why a backend cannot
+                ms = statistics.median(machine.times_ms(call))
         except RuntimeError:  # a backend that cannot
             continue
         best = min(best, (name, ms), key=lambda pair: pair[1])
+    if best[0] == "none":
+        raise RuntimeError("none of torch's backends attends with these sizes")
     return best
 
 
 def time_attention(machine: Machine, results: Results, bandwidth: float) -> None:
-    for batch, context, n_heads, heads in machine.sizes.attention:
-        size = machine.sizes.prompt[3]
+    for shape in machine.sizes.attention:
+        batch, context, n_heads, heads = shape
         case = f"decode {batch} x {context}, heads {n_heads}/{heads}"
-        held = batch * context >= machine.sizes.min_tokens
-        a = as_in_a_model(machine, batch, n_heads, 1, size, torch.bfloat16)
-        kv = filled(machine, batch, heads, context, size)
-        ms = statistics.median(machine.times_ms(lambda kv=kv, a=a: decode.decode_attention(a, kv)))
-        nbytes = batch * heads * context * kv_int8.token_nbytes(size, size)
-        share = nbytes / ms * 1e3 / bandwidth
-        results.add("timing", case, "share of copy", share, "", ">= 0.7" if held else "",
-                    share >= 0.7 if held else None)  # fmt: skip
-        results.add("timing", case, "time", ms * 1e3, "us")
-        del kv
-        machine.clear()
-        k, v = (randn(machine, batch, heads, context, size) for _ in range(2))
-        name, peer_ms = fastest_peer(machine, a, k, v)
-        results.add("timing", case, f"vs {name}", peer_ms / ms, "times", ">= 1.5" if held else "",
-                    peer_ms / ms >= 1.5 if held else None)  # fmt: skip
-        del k, v
-        machine.clear()
+        if not machine.is_late(TIMINGS_END_S, case):
+            results.attempt(
+                "timing", case, time_one_attention, machine, results, bandwidth, case, shape
+            )
+            machine.clear()
+
+
+def time_one_attention(
+    machine: Machine, results: Results, bandwidth: float, case: str, shape: tuple
+) -> None:
+    batch, context, n_heads, heads = shape
+    size = machine.sizes.prompt[3]
+    held = batch * context >= machine.sizes.min_tokens
+    a = as_in_a_model(machine, batch, n_heads, 1, size, torch.bfloat16)
+    kv = filled(machine, batch, heads, context, size)
+    ms = statistics.median(machine.times_ms(lambda kv=kv: decode.decode_attention(a, kv)))
+    nbytes = batch * heads * context * kv_int8.token_nbytes(size, size)
+    share = nbytes / ms * 1e3 / bandwidth
+    results.add("timing", case, "share of copy", share, "", ">= 0.7" if held else "",
+                share >= 0.7 if held else None)  # fmt: skip
+    results.add("timing", case, "time", ms * 1e3, "us")
+    del kv
+    machine.clear()
+    k, v = (randn(machine, batch, heads, context, size) for _ in range(2))
+    name, peer_ms = fastest_peer(machine, a, k, v)
+    results.add("timing", case, f"vs {name}", peer_ms / ms, "times", ">= 1.5" if held else "",
+                peer_ms / ms >= 1.5 if held else None)  # fmt: skip
 
 
 def time_candidates(machine: Machine, results: Results, bandwidth: float) -> None:
@@ -526,23 +560,26 @@ def time_candidates(machine: Machine, results: Results, bandwidth: float) -> Non
     ):
         for programs_per_sm in (config.programs_per_sm, 2 * config.programs_per_sm):
             chosen = replace(config, programs_per_sm=programs_per_sm)
-
-            def call(chosen=chosen):
-                kernels.decode_attention(a, kv, None, 128**-0.5, config=chosen)
-
-            ms = statistics.median(machine.times_ms(call))
             name = "tile {block_n}, {num_warps} warps, {num_stages} stages, {programs_per_sm} a SM"
-            results.add("tuning", name.format(**vars(chosen)), "share of copy",
-                        nbytes / ms * 1e3 / bandwidth, "")  # fmt: skip
+            name = name.format(**vars(chosen))
+
+            def time_it(name=name, chosen=chosen):
+                def call():
+                    kernels.decode_attention(a, kv, None, 128**-0.5, config=chosen)
+
+                ms = statistics.median(machine.times_ms(call))
+                share = nbytes / ms * 1e3 / bandwidth
+                results.add("tuning", name, "share of copy", share, "")
+
+            if not machine.is_late(TIMINGS_END_S, name):
+                results.attempt("tuning", name, time_it)
 
 
 def run_timings(machine: Machine, results: Results) -> None:
     bandwidth = copy_bandwidth(machine, results)
-    time_quantizing(machine, results, bandwidth)
-    machine.clear()
-    time_attention(machine, results, bandwidth)
-    time_candidates(machine, results, bandwidth)
-    machine.clear()
+    for part in (time_quantizing, time_attention, time_candidates):
+        results.attempt("timing", part.__name__, part, machine, results, bandwidth)
+        machine.clear()
 
 
 # --- 3. Qwen's tables -------------------------------------------------------------------------
@@ -597,8 +634,8 @@ def decode_row(machine: Machine, model, cache, batch: int, length: int) -> dict[
 
 
 def measure_row(machine: Machine, results: Results, model, batch: int, length: int) -> None:
+    """Both caches, and beside each what Qwen published for its own."""
     case = f"Qwen-7B's shape, batch {batch}, {length} tokens"
-    published = PUBLISHED.get((batch, length), (None, None))[1]
     for name in ("bf16", "int8"):
         model.set_attn_implementation("sdpa")
         if name == "int8":
@@ -613,22 +650,26 @@ def measure_row(machine: Machine, results: Results, model, batch: int, length: i
         del cache
         machine.clear()
         if row is None:
-            results.add("table", case, f"{name} out of memory", 1, "")
+            target, met = beside(name, PUBLISHED.get((batch, length)), float("inf"))
+            results.add("table", case, f"{name} out of memory", 1, "", target, met)
             continue
         results.add("table", case, f"{name} step", row["ms"], "ms")
         results.add("table", case, f"{name} tokens a second", batch / row["ms"] * 1e3, "")
         if machine.cuda:
-            peak, held = row["peak"] / GIB, name == "int8" and published is not None
-            results.add(
-                "table",
-                case,
-                f"{name} peak",
-                peak,
-                "GiB",
-                f"< {published}" if held else "",
-                peak < published if held else None,
-            )
+            peak = row["peak"] / GIB
+            target, met = beside(name, PUBLISHED.get((batch, length)), peak)
+            results.add("table", case, f"{name} peak", peak, "GiB", target, met)
             results.add("table", case, f"{name} device", row["device"] / GIB, "GiB")
+
+
+def beside(name: str, published: tuple | None, peak: float) -> tuple[str, bool | None]:
+    """The target column, and whether it is met: ours has to be below Qwen's int8, not its bf16."""
+    if published is None:
+        return "", None
+    bf16, int8 = published
+    if name == "bf16":
+        return f"Qwen's {bf16 or 'failed'}", None
+    return f"< {int8}", peak < int8
 
 
 @torch.no_grad()
@@ -660,12 +701,12 @@ def run_tables(machine: Machine, results: Results) -> None:
     with torch.no_grad():  # libraries load, and take their memory, before anything is counted
         model(torch.zeros(1, 4, dtype=torch.long, device=machine.device))
     for batch, length in machine.sizes.rows:
-        if machine.elapsed_s > DEADLINE_S:
-            print(f"batch {batch}, {length} tokens: left out, {machine.elapsed_s:.0f} s are over")
-            continue
-        measure_row(machine, results, model, batch, length)
-    if machine.elapsed_s < DEADLINE_S:
-        generate_in_full(machine, results, model)
+        case = f"batch {batch}, {length} tokens"
+        if not machine.is_late(TABLES_END_S, case):
+            results.attempt("table", case, measure_row, machine, results, model, batch, length)
+            machine.clear()
+    if not machine.is_late(TABLES_END_S, "generate"):
+        results.attempt("table", "generate", generate_in_full, machine, results, model)
 
 
 def main() -> int:
@@ -678,20 +719,22 @@ def main() -> int:
         print("There is no CUDA device here. --tiny runs the same steps at toy sizes on the CPU.")
         return 2
     torch.manual_seed(0)
-    machine, results = Machine(TINY if args.tiny else FULL), Results()
+    machine = Machine(TINY if args.tiny else FULL)
+    results = Results(args.csv, machine)
     print(machine.name)
     if args.only in (None, "checks"):
         run_checks(machine, results)
-    if not results.n_failed_checks:
-        if args.only in (None, "timings"):
-            run_timings(machine, results)
-        if args.only in (None, "tables"):
-            run_tables(machine, results)
-    results.write(args.csv, machine)
-    missed = sum(row["verdict"] == "MISSED" for row in results.rows)
-    print(f"{machine.elapsed_s:.0f} s; {missed} targets missed, of them "
-          f"{results.n_failed_checks} checks")  # fmt: skip
-    return 1 if results.n_failed_checks else 0
+    if not results.count(part="check", verdict="MISSED"):
+        for name, run in (("timings", run_timings), ("tables", run_tables)):
+            if args.only in (None, name):
+                results.attempt(name.removesuffix("s"), name, run, machine, results)
+    n_checks = results.count(part="check", verdict="MISSED")
+    print(
+        f"{len(results.rows)} rows in {args.csv} after {machine.elapsed_s:.0f} s; "
+        f"{results.count(verdict='MISSED')} missed, of them {n_checks} checks and "
+        f"{results.n_failed} that failed"
+    )
+    return 1 if n_checks or results.n_failed else 0
 
 
 if __name__ == "__main__":

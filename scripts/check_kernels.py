@@ -3,10 +3,11 @@
     python scripts/check_kernels.py [--arch 80 90]
 
 Every kernel is compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200) by the ptxas that
-Triton brings, and its machine code is read back. `instr/elem`: instructions of the inner loop for
-every element of K and V that it reads. Memory hands each multiprocessor of an H200 some 17 int8
-elements a clock, and it has 128 lanes: with 7 instructions an element arithmetic is as slow as
-memory, so 3.5 leave half of it idle. A limit that is not kept is marked, and the exit code is 1.
+Triton brings, and its machine code is read back. `instr` counts its instructions, `loop` those of
+the inner loop, and `/elem` the latter for every element of K and V that it reads. Memory hands each
+multiprocessor of an H200 some 17 int8 elements a clock, and it has 128 lanes: with 7 instructions
+an element arithmetic is as slow as memory, so 3.5 leave half of it idle. A limit that is not kept
+is named below its line, and the exit code is 1.
 """
 
 import argparse
@@ -243,13 +244,26 @@ def faults(build: Build, machine: Machine, architecture: int) -> list[str]:
     return found
 
 
+HEADER = ("sm", "kernel", "head", "regs", "spills", "local", "shared", "instr", "loop", "/elem")
+NAME_WIDTH = 29  # the lines have 79 characters
+
+
+def line(cells: tuple) -> str:
+    """Numbers right-aligned below their heading, a space between any two."""
+    first, name, *numbers = map(str, cells)
+    aligned = (f"{x:>{len(head)}}" for x, head in zip(numbers, HEADER[2:], strict=True))
+    return " ".join((first, f"{name:{NAME_WIDTH}}", *aligned)).rstrip()
+
+
 def row(build: Build, machine: Machine, architecture: int) -> str:
-    per_element = f"{len(machine.loop) / build.n_elements:10.2f}" if build.n_elements else " " * 10
-    return (
-        f"sm_{architecture}  {build.name:32}{build.head_size:5}{machine.registers:6}"
-        f"{machine.spills:7}{machine.local:6}{machine.shared:8}{len(machine.code):7}"
-        f"{len(machine.loop):6}{per_element}  {'; '.join(faults(build, machine, architecture))}"
-    ).rstrip()
+    """A line of the table, and one more for each limit that is not kept."""
+    per_element = f"{len(machine.loop) / build.n_elements:.2f}" if build.n_elements else ""
+    numbers = (
+        build.head_size, machine.registers, machine.spills, machine.local, machine.shared,
+        len(machine.code), len(machine.loop), per_element,
+    )  # fmt: skip
+    found = faults(build, machine, architecture)
+    return "\n   not kept: ".join((line((architecture, build.name, *numbers)), *found))
 
 
 def main() -> int:
@@ -258,17 +272,14 @@ def main() -> int:
     parser.add_argument("--loop", action="store_true", help="print the inner loops' instructions")
     args = parser.parse_args()
     print(f"Triton {triton.__version__}")
-    print(
-        f"arch   {'kernel':32}{'head':>5}{'regs':>6}{'spills':>7}{'local':>6}{'shared':>8}"
-        f"{'instr':>7}{'loop':>6}{'instr/elem':>10}"
-    )
+    print(line(HEADER))
     n_faults = 0
     for architecture in args.arch:
         for build in builds():
             machine = compile_for(build, architecture)
             print(row(build, machine, architecture), flush=True)
             if args.loop and machine.loop:
-                print("       ", dict(Counter(machine.loop).most_common()))
+                print("  ", dict(Counter(machine.loop).most_common()))
             n_faults += len(faults(build, machine, architecture))
     return 1 if n_faults else 0
 

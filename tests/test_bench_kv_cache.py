@@ -29,6 +29,7 @@ def script(monkeypatch):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         return module.main()
 
+    run.module = module
     return run
 
 
@@ -54,6 +55,57 @@ def test_nothing_is_timed_after_a_failed_check(script, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert {row["part"] for row in rows} == {"check"}
     assert rows[0]["verdict"] == "MISSED"
+
+
+@without_cuda
+def test_what_fails_is_a_row_and_nothing_that_was_found_is_lost(script, tmp_path, monkeypatch):
+    """The first run finds no memory, the second an error; in the third someone presses Ctrl-C."""
+    errors = iter([torch.OutOfMemoryError("none left"), ValueError("broken"), KeyboardInterrupt()])
+
+    def decode_row(*arguments):
+        raise next(errors)
+
+    monkeypatch.setattr(script.module, "decode_row", decode_row)
+    with pytest.raises(KeyboardInterrupt):
+        script("--tiny", "--only", "tables", "--csv", tmp_path / "new" / "kv.csv")
+    with (tmp_path / "new" / "kv.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["measure"] for row in rows] == [
+        "weights", "bf16 out of memory", "failed: ValueError"
+    ]  # fmt: skip
+    assert rows[2]["verdict"] == "MISSED" and rows[2]["date"]
+
+
+@without_cuda
+def test_a_failed_part_is_told_by_the_exit_code_and_the_next_one_runs(
+    script, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script.module, "time_quantizing", lambda *arguments: 1 / 0)
+    assert script("--tiny", "--only", "timings", "--csv", tmp_path / "kv.csv") == 1
+    with (tmp_path / "kv.csv").open() as file:
+        measures = [row["measure"] for row in csv.DictReader(file)]
+    assert measures[:3] == ["bandwidth", "failed: ZeroDivisionError", "share of copy"]
+
+
+@without_cuda
+def test_what_is_late_is_left_out(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.module, "TIMINGS_END_S", -1)
+    assert script("--tiny", "--only", "timings", "--csv", tmp_path / "kv.csv") == 0
+    assert "decode 2 x 130, heads 4/2: left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "expected"),
+    [
+        ("bf16", (16.3, 15.5), ("Qwen's 16.3", None)),
+        ("bf16", (None, 48.2), ("Qwen's failed", None)),
+        ("int8", (16.3, 15.5), ("< 15.5", True)),
+        ("int8", (16.3, 14.9), ("< 14.9", False)),
+        ("int8", None, ("", None)),
+    ],
+)
+def test_qwens_figures_stand_beside_ours(script, name, published, expected):
+    assert script.module.beside(name, published, 15.0) == expected
 
 
 @without_cuda

@@ -1,6 +1,7 @@
 """Int8Cache inside transformers' generate, against transformers' own cache of the same numbers."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from quant.kv_cache import (
     quantize_cache_v,
     to_layer_past,
 )
+from quant.kv_cache.cache import Placeholder
 
 PAD = 4091
 
@@ -115,6 +117,77 @@ def test_a_copy_goes_its_own_way(model, tokens):
     assert (cache.get_seq_length(), other.get_seq_length()) == (56, 51)
 
 
+def test_what_comes_out_of_a_pickle_goes_on(model, tokens):
+    """Dequantized, since it knows no model any more; a copy knows the model of the original."""
+    file = io.BytesIO()
+    cache = Int8Cache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :50], past_key_values=cache)
+        torch.save(cache, file)
+        file.seek(0)
+        restored = torch.load(file, weights_only=False)
+        expected = model(tokens[:, 50:51], past_key_values=copy.deepcopy(cache)).logits
+        assert torch.equal(model(tokens[:, 50:51], past_key_values=restored).logits, expected)
+        enable_int8_attention(model)
+        try:
+            k = torch.zeros(1, 2, 1, 64)
+            copied = copy.deepcopy(cache).update(k, k, 0)[0]
+            assert type(copied) is Placeholder
+            assert type(restored.update(k, k, 0)[0]) is torch.Tensor
+            assert model(tokens[:, 51:52], past_key_values=restored).logits.isfinite().all()
+        finally:
+            model.set_attn_implementation("sdpa")
+
+
+def test_a_prompt_in_inference_mode_goes_on_outside(model, tokens):
+    cache, other = Int8Cache(model.config), Int8Cache(model.config)
+    with torch.inference_mode():
+        model(tokens[:, :50].expand(2, -1), past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        model(tokens[:, :50].expand(2, -1), past_key_values=other)
+        step = tokens[:, 50:51].expand(2, -1)
+        logits = [model(step, past_key_values=c).logits for c in (cache, other)]
+    assert torch.equal(*logits)
+
+
+def test_training_on_a_stored_past(model, tokens):
+    """Twice over: gradients end where the cache begins."""
+    cache = Int8Cache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :40], past_key_values=cache)
+    for start in (40, 50):
+        piece = tokens[:, start : start + 10]
+        model(piece, past_key_values=cache, labels=piece).loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    assert copy.deepcopy(cache).get_seq_length() == 60
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen3moe"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_other_families_too(made_models, name, attention):
+    """Left-padded beams as the oracle's; steps that read int8 close to it."""
+    _, model = made_models(name)
+    generator = torch.Generator().manual_seed(5)
+    inputs = {"input_ids": torch.randint(0, 4000, (2, 20), generator=generator)}
+    inputs["attention_mask"] = torch.ones(2, 20, dtype=torch.long)
+    inputs["attention_mask"][0, :6] = 0
+    model.set_attn_implementation(attention)
+    try:
+        ours, expected = (
+            generate(model, inputs, c, num_beams=2, max_new_tokens=5, pad_token_id=0)
+            for c in (Int8Cache(model.config), OracleCache(model.config))
+        )
+        assert torch.equal(ours, expected)
+        oracle = step_by_step(model, inputs["input_ids"], OracleCache(model.config), 12)
+        enable_int8_attention(model)
+        logits = step_by_step(model, inputs["input_ids"], Int8Cache(model.config), 12)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert (logits - oracle).abs().max() < 0.01 * oracle.abs().max()
+
+
 # --- the layer's operations -------------------------------------------------------------------
 
 
@@ -170,6 +243,24 @@ def test_crop_to_nothing_and_reset_begin_anew():
         assert torch.equal(ours.update(k, v, 0)[0], k)  # a prompt again, seen exactly
     with pytest.raises(UsageError, match="crop\\(-3\\)"):
         ours.crop(3)
+
+
+def test_selected_buffers_have_no_gaps():
+    """The kernels take none; a slice would leave some."""
+    ours, _ = filled(batch=4)
+    ours.batch_select_indices(slice(0, 4, 2))
+    assert all(x.is_contiguous() for x in ours.int8_layers[0].kv.buffers)
+
+
+@pytest.mark.parametrize("reads_int8", [False, True])
+def test_no_new_tokens_are_no_trouble(reads_int8):
+    ours, _ = filled()
+    config = Qwen2Config()
+    ours.int8_layers[0]._config = type(ours.int8_layers[0]._config)(config)
+    config._attn_implementation = "int8_kv_sdpa" if reads_int8 else "sdpa"
+    none = torch.zeros(2, 2, 0, 32)
+    assert ours.update(none, none, 0)[0].shape == (2, 2, 40, 32)
+    assert ours.get_seq_length() == 40
 
 
 def test_offload_and_prefetch_keep_everything():
@@ -279,6 +370,8 @@ def test_layer_past_of_qwens_own_quantizer():
         from_layer_past(layer_past, Qwen2Config(num_hidden_layers=2))
     with pytest.raises(BadInput, match="is not \\(\\(qk"):
         from_layer_past([(k, v)], config)
+    with pytest.raises(BadInput, match="is not \\(\\(qk"):
+        from_layer_past([tuple((q, s[:, :1], z) for q, s, z in layer_past[0])], config)
     with pytest.raises(BadInput, match="no tokens"):
         to_layer_past(Int8Cache(config))
 
@@ -345,6 +438,15 @@ def test_settings_that_cannot_be():
 
     with pytest.raises(UsageError, match="value_bits=5"):
         Int8Cache(Qwen2Config(), value_bits=5)
+    for reserve in (-1, 1.5):
+        with pytest.raises(UsageError, match=f"reserve={reserve}"):
+            Int8Cache(Qwen2Config(), reserve=reserve)
+    with pytest.raises(UsageError, match="made from a dict") as error:
+        Int8Cache({})
+    assert "model.config" in error.value.next_step
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="offloading"):
+            Int8Cache(Qwen2Config(), offloading=True)
     with pytest.raises(BadInput, match="decoder alone"):
         Int8Cache(T5Config())
     sliding = Qwen2Config(

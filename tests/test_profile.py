@@ -236,6 +236,17 @@ def test_no_report_is_replaced_unless_forced(profiled, tiny_qwq):
     )
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("file", "is not a folder"), ("none/out", "There is no folder"), ("file/out", "no folder")],
+)
+def test_places_that_cannot_be_are_refused_before_anything_runs(tiny_qwq, tmp_path, place, words):
+    (tmp_path / "file").write_text("precious")
+    done = run("profile", tiny_qwq, "-o", tmp_path / place, "--lengths", "2", "--repeats", 1)
+    assert done.exit_code == 73 and words in done.output
+    assert "Profiling" not in done.output
+
+
 def test_a_dry_run_is_arithmetic_for_machines_that_are_not_here(tiny_qwq, four_bit, tmp_path):
     options = ("-o", tmp_path / "out", "--device", "cuda", "--dry-run")
     done = run("profile", tiny_qwq, four_bit, four_bit, *options, "--format", "json")

@@ -30,8 +30,10 @@ from qwq_kernels.kv_int8 import (
     dequantize,
     token_nbytes,
 )
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from quant.display import printable
 from quant.errors import BadInput, Unavailable, UsageError
 from quant.kv_cache.scales import KvScales, check_scales, read_scales
 
@@ -79,8 +81,7 @@ class Placeholder(torch.Tensor):
     @staticmethod
     def of(stored: Stored, new: torch.Tensor) -> "Placeholder":
         shape = (*new.shape[:2], stored.kv.length, new.shape[3])
-        one = new.detach()[:1, :1, :1, :1]
-        placeholder = torch.Tensor._make_subclass(Placeholder, one.expand(shape))
+        placeholder = torch.Tensor._make_subclass(Placeholder, new.new_empty(()).expand(shape))
         placeholder.stored = stored
         return placeholder
 
@@ -98,6 +99,27 @@ class Placeholder(torch.Tensor):
         )
 
 
+class _ModelConfig:
+    """The config of the model that a cache was made for, as long as that lives.
+
+    A copy of the cache follows the same model; one that was pickled follows none.
+    """
+
+    def __init__(self, config=None):
+        self._of = weakref.ref(config) if config is not None else None
+
+    def attention(self) -> str:
+        """The attention that the model uses now, or nothing."""
+        config = self._of() if self._of is not None else None
+        return getattr(config, "_attn_implementation", None) or ""
+
+    def __deepcopy__(self, memo) -> "_ModelConfig":
+        return self
+
+    def __reduce__(self):
+        return _ModelConfig, ()
+
+
 class Int8Layer(CacheLayerMixin):
     """One layer's K and V in int8."""
 
@@ -113,7 +135,7 @@ class Int8Layer(CacheLayerMixin):
         reserve: int = 0,
     ):
         super().__init__()
-        self._config = weakref.ref(config)  # weak: a copy of the cache follows the same model
+        self._config = _ModelConfig(config)
         self.channels, self.value_bits, self.reserve = channels, value_bits, reserve
         self.kv: QuantizedKV | None = None
 
@@ -154,13 +176,9 @@ class Int8Layer(CacheLayerMixin):
         if is_prompt:  # nothing but what is new, and that is here exactly
             return key_states, value_states
         stored = Stored(self.kv, key_states, value_states)
-        if self._is_read_in_int8():
+        if self._config.attention().startswith(INT8_ATTENTION):
             return Placeholder.of(stored, key_states), Placeholder.of(stored, value_states)
         return stored.exact()
-
-    def _is_read_in_int8(self) -> bool:
-        name = getattr(self._config(), "_attn_implementation", None)
-        return name is not None and name.startswith(INT8_ATTENTION)
 
     # --- memory ---
 
@@ -180,9 +198,11 @@ class Int8Layer(CacheLayerMixin):
 
     def _change(self, function) -> None:
         """Replace every buffer by a function of it."""
-        if self.kv is not None:
+        if self.kv is None:
+            return
+        with torch.inference_mode(False):  # see allocate
             k, k_scale, v, v_scale = map(function, self.kv.buffers)
-            self.kv = replace(self.kv, k=k, k_scale=k_scale, v=v, v_scale=v_scale)
+        self.kv = replace(self.kv, k=k, k_scale=k_scale, v=v, v_scale=v_scale)
 
     @property
     def nbytes(self) -> int:
@@ -218,7 +238,7 @@ class Int8Layer(CacheLayerMixin):
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._change(lambda x: x[indices, ...])
+        self._change(lambda x: x[indices, ...].contiguous())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._change(lambda x: x.repeat_interleave(repeats, dim=0))
@@ -304,7 +324,11 @@ class Int8Cache(Cache):
 
     scales: channel scales of K, or a file of them; they cost nothing, and models with key biases
     (Qwen2, Qwen2.5) need them. value_bits: 8, or 4. reserve: tokens to allocate at once; it grows
-    beyond. offloading: all but one layer lie in the computer's memory, as in transformers.
+    beyond. offloading: all but one layer lie in the computer's memory, as in transformers; CUDA.
+
+    It can be copied and pickled; what comes out of a pickle is dequantized for each step, even
+    after `enable_int8_attention`. Raises UsageError for settings that cannot be, and for scales of
+    another model; BadInput for a model that it cannot serve.
     """
 
     def __init__(
@@ -316,9 +340,27 @@ class Int8Cache(Cache):
         reserve: int = 0,
         offloading: bool = False,
     ):
+        if not isinstance(config, PreTrainedConfig):
+            raise UsageError(
+                f"An int8 cache cannot be made from a {printable(type(config).__name__)}.",
+                "It takes the config of the model that will use it.",
+                "Write Int8Cache(model.config)",
+            )
         if value_bits not in (8, 4):
             raise UsageError(
                 f"value_bits={value_bits} is not possible.", "", "Values take 8 bits, or 4."
+            )
+        if not isinstance(reserve, int) or reserve < 0:
+            raise UsageError(
+                f"reserve={printable(reserve)} is not possible.",
+                "It is the number of tokens to make room for.",
+                "Give a whole number, or leave it out.",
+            )
+        if offloading and not torch.cuda.is_available():
+            raise UsageError(
+                "offloading is not possible here.",
+                "It moves layers between CUDA and the computer's memory, and there is no CUDA.",
+                "Leave it out.",
             )
         if config.is_encoder_decoder:
             raise BadInput(

@@ -58,12 +58,21 @@ def from_layer_past(
             "Give the config of the model that they came from.",
         )
     for i, layer in enumerate(layer_past):
-        if len(layer) != 2 or any(len(part) != 3 for part in layer):
+        if len(layer) != 2 or not all(map(_is_quantized, layer)):
             raise BadInput(
                 f"Layer {i} of layer_past is not ((qk, sk, zk), (qv, sv, zv)).",
-                "Only quantized ones are; the cache was made without use_cache_quantization.",
-                "",
+                "Only quantized ones are, with qk (batch, heads, tokens, head_size) in uint8 and "
+                "sk, zk (batch, heads, tokens, 1).",
+                "Let the model that makes them run with use_cache_quantization.",
             )
         k, v = (dequantize_cache_torch(*part) for part in layer)
         cache.update(k.to(dtype or k.dtype), v.to(dtype or v.dtype), i)
     return cache
+
+
+def _is_quantized(part) -> bool:
+    """Whether it is (q, scale, zero_point) of the same tokens."""
+    if len(part) != 3 or not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in part):
+        return False
+    q, scale, zero_point = part
+    return q.dtype == torch.uint8 and scale.shape == zero_point.shape == (*q.shape[:3], 1)

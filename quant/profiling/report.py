@@ -4,6 +4,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from quant import __version__
+from quant.display import printable
+from quant.errors import CannotCreate
 from quant.manifest import library_versions
 from quant.output_file import check_output_file
 from quant.profiling.figure import memory_and_speed
@@ -20,6 +22,17 @@ STARTS = {
 
 def check_places(folder: Path, *, force: bool) -> None:
     """Refuse before any work what could not be written after it. Raises CannotCreate."""
+    parent = folder.absolute().parent
+    if folder.exists() and not folder.is_dir():
+        raise CannotCreate(
+            f"{printable(folder)} is not a folder.", "", "Choose another folder with -o."
+        )
+    if not parent.is_dir():
+        raise CannotCreate(
+            f"There is no folder {printable(parent)} to write into.",
+            "",
+            f"Make it first: mkdir -p {printable(parent)}",
+        )
     for name, start in STARTS.items():
         check_output_file(
             folder / name, force=force, sources=(), starts_with=start, kind="file of a report"

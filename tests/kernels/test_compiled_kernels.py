@@ -35,8 +35,14 @@ def tables(tmp_path_factory):
 def test_every_limit_is_kept(tables, architecture):
     code, output = tables[architecture]
     assert code == 0, output
-    rows = re.findall(rf"^sm_{architecture}  (.{{32}}) *(.*)$", output, re.MULTILINE)
+    rows = re.findall(rf"^{architecture} (.{{29}}) +(.*)$", output, re.MULTILINE)
     assert len(rows) > 20
+    assert max(map(len, output.splitlines())) < 80
+    header = next(line for line in output.splitlines() if line.startswith("sm"))
+    ends = [m.end() for m in re.finditer(r"\S+", header)][2:]  # where each number has to end
+    for line in re.findall(rf"^{architecture} .*$", output, re.MULTILINE):
+        numbers = [m.end() + 32 for m in re.finditer(r"\S+", line[32:])]
+        assert numbers == ends[: len(numbers)], line
     for name, numbers in rows:
         registers, spills, local = map(float, numbers.split()[1:4])
         assert spills == local == 0 and 0 < registers <= 255, name

@@ -198,6 +198,25 @@ def test_refuses_what_it_cannot(change, message):
         decode_attention(change.get("a", a), kv, change.get("mask"))
 
 
+def test_refuses_buffers_with_gaps():
+    a, kv, _ = make(4, 1, 1, 1, 5, 64)
+    kv = replace(kv, **{name: getattr(kv, name)[::2] for name in ("k", "k_scale", "v", "v_scale")})
+    with pytest.raises(ValueError, match="not contiguous"):
+        decode_attention(a[::2], kv)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_broken_query_breaks_its_own_result_alone(interpreter, broken):
+    _, kernels = interpreter
+    a, kv, _ = make(1, 1, 3, 1, 40, 64)
+    a[0, 1, 0, 5] = broken
+    config = kernels.Config(16, 4, 2, 1)
+    for n_splits in (1, 2):
+        out = kernels.decode_attention(a, kv, None, 0.1, config=config, n_splits=n_splits)
+        assert out.isnan().any(-1).flatten().tolist() == [False, True, False]
+
+
 def test_refuses_head_sizes_it_cannot_unpack():
     for size, bits in ((64, 4), (272, 8)):
         a, kv, _ = make(1, 1, 1, 1, 5, size, bits=bits)

@@ -16,6 +16,7 @@ from qwq_kernels.kv_int8 import (
     reference_dequantize,
     reference_quantize,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [(*case, bits) for case in CASES for bits in (8, 4) if bits == 8 or case[3] % 32 == 0]
 
@@ -82,6 +83,29 @@ def test_an_outlier_costs_its_own_row_alone():
     assert (q != plain).any(-1).nonzero().tolist() == [[0, 1, 4]]
 
 
+class Divisions(TorchDispatchMode):
+    """Remembers what was divided by what."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.reciprocal):
+            self.seen.append(args)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_reference_divides_tensors_by_tensors():
+    """By a number, torch on CUDA multiplies with its reciprocal: not what the kernel computes."""
+    with Divisions() as divisions:
+        for bits in (8, 4):
+            reference_quantize(states(1, 1, 3, 64), bits)
+    assert len(divisions.seen) == 4
+    for operands in divisions.seen:
+        assert [torch.is_tensor(x) and x.ndim for x in operands] in ([4, 4], [5, 5])
+
+
 def test_channel_scales_save_what_a_bias_would_crush():
     x = states(1, 2, 40, 64)
     x[..., 3] += 170.0
@@ -107,6 +131,58 @@ def test_append_writes_its_tokens_and_nothing_else():
         assert (untouched == 77).all()
     q, scale = quantize(k)
     assert torch.equal(kv.k[:, :, 5:14], q) and torch.equal(kv.k_scale[..., 5:14], scale)
+
+
+def test_buffers_join_no_graph():
+    """Of keys with gradients only the numbers are kept; and in inference mode nothing else is."""
+    k = states(1, 2, 9, 64)
+    kv = append(allocate(1, 2, 32, 64, 64), k.clone().requires_grad_(), k.clone().requires_grad_())
+    with torch.inference_mode():
+        other = append(allocate(1, 2, 32, 64, 64), k, k)
+    for buffers in (kv.buffers, append(other, k, k).buffers):
+        assert not any(x.requires_grad for x in buffers)
+    assert torch.equal(kv.k[:, :, :9], other.k[:, :, :9])
+
+
+def test_no_tokens_are_no_trouble(interpreter):
+    kernels, _ = interpreter
+    none = torch.zeros(2, 3, 0, 64)
+    for bits in (8, 4):
+        for q, scale in (quantize(none, bits), kernels.quantize(none, bits, None)):
+            assert q.shape == (2, 3, 0, 8 * bits) and scale.shape == (2, 3, 8 // bits, 0)
+            assert dequantize(q, scale).shape == none.shape
+            assert kernels.dequantize(q, scale, None, none) is none
+    assert append(allocate(2, 3, 16, 64, 64), none, none).length == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, c: quantize(x, 4, c), "channel scales are for 8 bits, not 4"),
+        (lambda x, c: quantize(x[:, :1], 8, c), r"\(2, 64\) on cpu, needed is .*\(1, 64\)"),
+        (lambda x, c: quantize(x[0], 8, c), "3 dimensions instead of"),
+        (lambda x, c: allocate(1, 2, 16, 32, 32, channels=c), r"needed is .*\(2, 32\)"),
+        (lambda x, c: dequantize(*quantize(x), channels=replace(c, mid=c.mid[:1])), "mid of the"),
+        (lambda x, c: dequantize(*quantize(x), channels=c.to("meta")), "on meta, needed is"),
+        (lambda x, c: dequantize(quantize(x)[0], quantize(x[:, :, :5])[1]), "scales of"),
+        (lambda x, c: dequantize(*quantize(x), out=x[:, :, :5]), r"out is \(1, 2, 5, 64\)"),
+        (
+            lambda x, c: dequantize(*quantize(x), out=x.mT.contiguous().mT),
+            "with a last stride of 1",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(call, message):
+    """On CUDA it would be read beyond its end, or written to wrong places."""
+    with pytest.raises(ValueError, match=message):
+        call(states(1, 2, 7, 64), channel_scales(2, 64))
+
+
+def test_append_refuses_buffers_with_gaps():
+    kv = allocate(4, 1, 16, 64, 64)
+    k = torch.zeros(2, 1, 1, 64)
+    with pytest.raises(ValueError, match="not contiguous"):
+        append(replace(kv, k=kv.k[::2]), k, k)
 
 
 @pytest.mark.parametrize("size", [0, 8, 24, 72])

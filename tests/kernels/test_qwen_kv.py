@@ -53,6 +53,13 @@ def test_refuses_ranges_that_are_none(bits, qmax, qmin):
         quantize_cache_v(torch.zeros(1, 1, 1, 16), bits, qmax, qmin)
 
 
+def test_no_tokens_and_no_batch():
+    qv, scale, zero = quantize_cache_v(torch.zeros(2, 3, 0, 16), 8, 255, 0)
+    assert qv.shape == (2, 3, 0, 16) and scale.shape == zero.shape == (2, 3, 0, 1)
+    with pytest.raises(ValueError, match="3 dimensions instead of"):
+        quantize_cache_v(torch.zeros(3, 4, 16), 8, 255, 0)
+
+
 def test_four_bits_use_four_bits():
     x = torch.randn(1, 1, 50, 64)
     qv, scale, zero = quantize_cache_v(x, 4, 15, 0)
