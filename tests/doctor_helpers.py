@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from quant.doctor.checks import examine
+from quant.doctor.opening import open_to_examine
 from quant.gguf_file import GgufFile, TensorEntry, encode_header, encode_metadata
 from quant.recipe import choose_recipe
-from quant.source import open_source
 
 # Short templates that do to the doctor's conversations what the makers' own do.
 QWQ = (
@@ -36,6 +36,12 @@ QWEN3 = QWQ.replace(
     "'<|im_start|>assistant\\n<think>\\n' }}",
     "'<|im_start|>assistant\\n' }}{%- if enable_thinking is defined and enable_thinking is false %}"
     "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}",
+)
+QWEN3_INSTRUCT = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 DEEPSEEK = (
     "{{ bos_token }}{%- for message in messages %}{%- if message.role == 'user' %}"
@@ -106,6 +112,21 @@ RELEASES = {
         "named": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None},
         "template": QWEN3,
     },
+    "Qwen3-4B-Instruct-2507": {
+        "config": {
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rms_norm_eps": 1e-06,
+            "rope_theta": 5000000, "rope_scaling": None, "max_position_embeddings": 262144,
+            "vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645,
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16", "head_dim": 128,
+        },
+        "generation": {
+            "bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643],
+            "pad_token_id": 151643, "temperature": 0.7, "top_k": 20, "top_p": 0.8,
+        },
+        "tokens": QWEN_TOKENS, "plain": ("<think>", "</think>"),
+        "named": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None},
+        "template": QWEN3_INSTRUCT,
+    },
     "DeepSeek-R1-Distill-Qwen-32B": {
         "config": {
             "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-05,
@@ -158,7 +179,7 @@ def save_release(parent: Path, name: str) -> Path:
 
 
 def write_hole(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
-    header, end, size = {}, 0, {"BF16": 2, "F16": 2, "F32": 4}[dtype]
+    header, end, size = {}, 0, {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}[dtype]
     for key, shape in shapes.items():
         start, end = end, end + size * int(np.prod(shape))
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
@@ -195,7 +216,7 @@ def rewrite_gguf(path: Path, out: Path, change) -> Path:
 
 
 def diagnose(model, recipe: str | None = None, deep: bool = False):
-    source = open_source(str(model))
+    source = open_to_examine(str(model))
     return examine(source, choose_recipe(source, recipe), deep)
 
 

@@ -1,5 +1,6 @@
 """The doctor: each planted defect is found by its id, and models without one are left in peace."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -22,11 +23,14 @@ from doctor_helpers import (
 from safetensors.numpy import save_file
 
 from quant.cli import doctor as cli_doctor
+from quant.doctor import patient as patient_room
 from quant.doctor import template as template_room
 from quant.doctor.checks import CHECKS
 from quant.doctor.finding import CHECKPOINT, GGUF, NOTE, SEVERITIES
 from quant.doctor.sandbox import render
-from quant.gguf_file import Value
+from quant.gguf_file import GgufFile, Value
+from quant.inspection.conversation import SPECIAL
+from quant.metadata_keys import SAMPLING
 from quant.sampling import PREFIX
 from quant.source import open_source
 from quant.to_gguf import Wishes, plan_gguf
@@ -68,6 +72,7 @@ def test_the_example_has_two_notes_and_nothing_else(tiny_qwq):
         ("QwQ-32B", {"pad-is-stop", "template-opens-think"}),
         ("Qwen2.5-7B-Instruct", {"pad-is-stop"}),
         ("Qwen3-8B", {"pad-is-stop"}),
+        ("Qwen3-4B-Instruct-2507", {"pad-is-stop"}),  # it has <think> and never thinks
         # The one warning, and no false alarm: DeepSeek's distills pad with their end token.
         ("DeepSeek-R1-Distill-Qwen-32B", {"pad-is-eos", "template-opens-think"}),
     ],
@@ -84,6 +89,57 @@ def test_no_false_alarm_on_the_recipes_own_files(name, true, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen2moe", "llama3", "mistral"])
 def test_no_false_alarm_on_what_transformers_saves(name, made_models):
     assert found(made_models(name)[0]) == {"template-opens-think"}
+
+
+YARN_CONFIG = {"factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
+OTHER_FAMILIES = {
+    "Phi3ForCausalLM": {
+        "rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]},
+        "original_max_position_embeddings": 4096,
+    },
+    "Glm4ForCausalLM": {"partial_rotary_factor": 0.5},
+    "Gemma3ForCausalLM": {
+        "rope_theta": ...,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "Qwen2_5_VLForConditionalGeneration": {
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {},
+    },
+    "GptOssForCausalLM": {"rope_scaling": {**YARN_CONFIG, "truncate": False}},
+    "DeepseekV3ForCausalLM": {"rope_scaling": YARN_CONFIG, "max_position_embeddings": 163840},
+    "LlamaForCausalLM": {  # Llama 2 stretched: nobody stated theta then
+        "rope_theta": ..., "rope_scaling": {"factor": 8.0, "type": "linear"},
+        "model_type": "llama",
+    },
+}  # fmt: skip
+"""Rotary settings of models that we do not convert, or not so, and that are in order."""
+
+
+@pytest.mark.parametrize("architecture", OTHER_FAMILIES)
+def test_no_false_alarm_on_other_families(architecture, copy):
+    changes = {"architectures": [architecture], "model_type": "x", "_name_or_path": "x"}
+    edit(copy, C, **{**changes, **OTHER_FAMILIES[architecture]})
+    report = diagnose(copy)
+    assert report.recipe is None
+    told = {f.id for f in report.findings if f.id.startswith("rope")}
+    assert told <= ({"rope-factor"} if architecture == "GptOssForCausalLM" else set())
+
+
+def test_settings_of_another_family_that_do_contradict(copy):
+    edit(copy, C, architectures=["Phi3ForCausalLM"], rope_parameters={"rope_theta": 5e5})
+    assert "rope-contradiction" in found(copy)
+
+
+def test_a_quantized_folder_is_examined_too(copy):
+    """bitsandbytes: packed weights, embedding and head in 16 bits."""
+    edit(copy, C, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert found(copy) == TINY
+    edit(copy, T, pad_token="<|im_end|>")
+    assert doctor(copy, "--strict").return_value == 1
 
 
 def test_a_good_gguf_has_one_note(gguf):
@@ -155,6 +211,14 @@ def tied_but_different(folder):
     edit(folder, "config.json", tie_word_embeddings=True)
 
 
+KEEPS_FIELD = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}"
+    "{%- if m.reasoning_content %}{{- '<think>' + m.reasoning_content + '</think>' }}{%- endif %}"
+    "{{- m.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+"""Thoughts come in a field of the message, and old ones stay."""
+
 T, C, G = "tokenizer_config.json", "config.json", "generation_config.json"
 
 PLANTED = {
@@ -178,6 +242,7 @@ PLANTED = {
     "template-unsafe": lambda f: set_template(f, "{{ ''.__class__.__mro__ }}"),
     "template-no-prompt": without_prompt,
     "template-keeps-thoughts": keep_thoughts,
+    "template-keeps-thoughts (field)": lambda f: set_template(f, KEEPS_FIELD),
     "rope-incomplete": lambda f: edit(f, C, rope_theta=...),
     "rope-incomplete (transformers 5)": lambda f: edit(
         f, C, rope_theta=..., rope_parameters={"rope_type": "default"}
@@ -203,6 +268,13 @@ ONLY_TOLD = {
     "head-ignored": tied_but_different,
     "shard-left-over": lambda f: write_hole(f / "model-00001-of-00002.safetensors", {"x": (1,)}),
     "file-unreadable": lambda f: (f / "special_tokens_map.json").write_text("{"),
+    "tokenizer-missing": lambda f: (f / "tokenizer.json").unlink(),
+    "norm-eps (no limit)": lambda f: edit(f, C, rms_norm_eps=10**400),
+    "rope-contradiction (no limit)": lambda f: scale(f, yarn(1e308, 2048)),
+    "template-unsafe (hidden)": lambda f: set_template(
+        f, template_of(f) + "{% if tools %}{{ ''|attr('__class__') }}{% endif %}"
+    ),
+    "template-fails (changes)": lambda f: set_template(f, "{{ messages.append(1) }}"),
 }
 
 
@@ -289,6 +361,24 @@ def test_the_stated_type_is_compared_with_the_stored_one(copy):
     assert {"dtype-stated", "head-missing"} <= found(copy)
 
 
+CHANNELS = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}"
+    "{%- if loop.index0 > messages|length - 2 and m.thinking %}{{- m.thinking }}{%- endif %}"
+    "{{- '<|im_start|>assistant<|channel|>final\\n' + m.content + '<|im_end|>' }}"
+    "{%- else %}{{- '<|im_start|>user\\n' + m.content + '<|im_end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"
+)
+
+
+def test_a_prompt_may_leave_the_channel_to_the_model(copy):
+    """As gpt-oss's does; the content of its answers never holds a thought."""
+    set_template(copy, CHANNELS)
+    assert found(copy) == {"pad-is-stop"}
+    without = CHANNELS.partition("{%- if add_generation_prompt")[0]
+    set_template(copy, without)
+    assert "template-no-prompt" in found(copy)
+
+
 # --- planted in a GGUF file -------------------------------------------------------------------
 
 
@@ -348,6 +438,28 @@ def test_planted_in_a_gguf(planted, gguf, tmp_path):
     assert planted.partition(" ")[0] in found(path)
 
 
+JUNK = (Value("arr[i32]", [1, 2]), Value("str", "x\n\x1b[2J"), Value("i64", -1))
+OTHER_KEYS = (
+    "general.architecture", "general.name", "general.file_type", "qwen2.context_length",
+    "qwen2.rope.scaling.type", "qwen2.rope.scaling.factor", "qwen2.rope.scaling.attn_factor",
+    *SPECIAL.values(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda v: v.type)
+def test_any_type_under_any_key_of_a_gguf(junk, gguf, tmp_path, monkeypatch):
+    """Each of them is told by one check, and stops none with an error that is not ours."""
+    rendered = functools.cache(lambda asked: render(*json.loads(asked)))
+    monkeypatch.setattr(patient_room, "render", lambda *a: rendered(json.dumps(a)))
+    keys = [k for k in GgufFile.open(gguf).metadata if k.startswith(("tokenizer.", PREFIX))]
+    keys += [PREFIX + name for name in SAMPLING if PREFIX + name not in keys]
+    for key in (*keys, *OTHER_KEYS):
+        report = diagnose(rewrite_gguf(gguf, tmp_path / "qwq.gguf", put(key, junk.type, junk.data)))
+        json.dumps(report.as_json())
+        if key.startswith(PREFIX) and junk.type == "arr[i32]":
+            assert "gguf-metadata" in {f.id for f in report.findings}, key
+
+
 def test_the_end_of_a_turn_left_to_guess(gguf, tmp_path):
     def change(metadata):
         drop("tokenizer.ggml.eot_token_id")(metadata)
@@ -384,6 +496,8 @@ ESCAPES = [
     "{{ messages.__class__.__base__ }}{% set x = messages.append(1) %}",
     "{{ self._TemplateReference__context.environment.globals['x'].__globals__ }}",
     "{% for f in namespace.__init__.__globals__ %}{{ f }}{% endfor %}",
+    "{{ ['']|map(attribute='__class__.__mro__')|list }}",
+    "{{ '{0.__class__.__mro__}'.format(1) }}",
 ]
 RUNAWAYS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -394,6 +508,10 @@ RUNAWAYS = [
     "{% set ns.t = ns.t + ns.t %}{% endfor %}",
     "{{ '%099999999999d' % 1 }}",
     "{% include '/etc/passwd' %}",
+    "{{ strftime_now('%Y' * 10**8) }}",  # folded while it is compiled
+    "{{ '{:>999999999}'.format(1) }}",
+    "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
+    "{{ range(10**12) | list }}",
 ]
 
 
@@ -458,7 +576,8 @@ def test_templates_render_as_in_transformers(tiny_qwq):
             variables = {"messages": messages, "add_generation_prompt": prompt}
             tokens = {"bos_token": tokenizer.bos_token or ""}
             assert render(name, [{**variables, **tokens}])[0].text == theirs
-    tools = "{{ messages | tojson }} {% generation %}a{% endgeneration %}{% break %}"
+    tools = "{{ messages | tojson }} {{ 'a b c' | wordwrap(2) }} {{ messages | pprint }}"
+    tools += "{% generation %}a{% endgeneration %}{% break %}"
     tools = "{% for m in messages %}" + tools + "{% endfor %}"
     theirs = tokenizer.apply_chat_template(messages, chat_template=tools, tokenize=False)
     assert render(tools, [{"messages": messages}])[0].text == theirs

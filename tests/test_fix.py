@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from doctor_helpers import diagnose, edit, found, save_release, template_of
+from doctor_helpers import diagnose, edit, found, save_release, template_of, write_hole
 from test_doctor import CONSEQUENCES, PLANTED, TINY
 
 from quant.cli import fix as cli_fix
@@ -127,14 +127,30 @@ def test_a_pad_token_of_ones_own(tmp_path):
 
 def test_the_recipe_s_pad_token_is_chosen(tmp_path):
     release = save_release(tmp_path, "DeepSeek-R1-Distill-Qwen-32B")
-    with pytest.raises(BadRecipe, match="--pad-token"):
-        fix(release, tmp_path / "none", everything=True)  # it has none of the usual ones
+    with pytest.raises(BadRecipe, match="--pad-token"):  # it has none of the usual ones
+        fix(release, tmp_path / "none", apply=("pad-is-eos",))
     release = save_release(tmp_path, "QwQ-32B")
     edit(release, "tokenizer_config.json", pad_token="<|im_end|>")
     mended = fix(release, tmp_path / "mended", everything=True)
     assert (
         json.loads((mended / "tokenizer_config.json").read_text())["pad_token"] == "<|vision_pad|>"
     )
+
+
+def test_all_leaves_what_cannot_be_mended_and_says_so(tmp_path):
+    release = save_release(tmp_path, "DeepSeek-R1-Distill-Qwen-32B")
+    edit(release, "config.json", torch_dtype="float16")
+    plan = plan_fix(open_source(str(release)), None, Wanted(everything=True))
+    assert plan.mended == ("dtype-stated",)
+    (note,) = plan.notes
+    assert note.startswith("pad-is-eos is not mended: No token") and "--pad-token" in note
+
+
+def test_weights_of_64_bits_have_a_name(copy, tmp_path):
+    shapes = {"model.embed_tokens.weight": (4096, 4), "lm_head.weight": (4096, 4)}
+    write_hole(copy / "model.safetensors", shapes, "F64")
+    mended = fix(copy, tmp_path / "mended", apply=("dtype-stated",))
+    assert json.loads((mended / "config.json").read_text())["torch_dtype"] == "float64"
 
 
 def test_think_is_stripped_and_nothing_else(copy, tmp_path):

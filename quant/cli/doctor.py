@@ -39,10 +39,10 @@ def command(model, recipe, deep, strict, output_format, **where):
       qwq-quant doctor model.gguf --recipe qwq-32b --deep
     """
     from quant.doctor.checks import examine
+    from quant.doctor.opening import open_to_examine
     from quant.recipe import choose_recipe
-    from quant.source import open_source
 
-    source = open_source(model, **where)
+    source = open_to_examine(model, **where)
     report = examine(source, choose_recipe(source, recipe), deep)
     if output_format == "json":
         click.echo(json.dumps(report.as_json(), indent=1))

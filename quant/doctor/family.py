@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from quant.doctor.finding import CHECKPOINT, GGUF, WARNING, Check, Seen
 from quant.doctor.patient import GENERATION, SETTINGS, Patient
-from quant.doctor.rope import stated_rope
+from quant.doctor.rope import is_number, stated_rope
 from quant.inspection.architecture import IN_CONFIG, IN_GGUF, read_sizes
 from quant.inspection.facts import text_at
 from quant.sampling import GGUF_NAMES, PREFIX, sampling_from_generation_config
@@ -45,8 +45,7 @@ def _gguf_keys(patient: Patient) -> dict:
 
 
 def _unlike(what: str, place: str, stated: object, known: list[float]) -> Iterator[Seen]:
-    is_number = isinstance(stated, int | float) and not isinstance(stated, bool)
-    if stated is not None and not (is_number and _among(stated, known)):
+    if stated is not None and not (is_number(stated) and _among(stated, known)):
         shown = " or ".join(f"{value:g}" for value in known)
         yield Seen(f"{what} is not its family's.", place, f"{stated}; the family has {shown}")
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from quant.display import printable
 from quant.doctor.finding import CHECKPOINT, ERROR, GGUF, NOTE, WARNING, Check, Seen
+from quant.doctor.opening import is_quantized
 from quant.doctor.patient import GENERATION, SETTINGS, TOKENIZER, Patient
 from quant.errors import QwqQuantError
 from quant.finite import count_nonfinite
@@ -16,7 +17,7 @@ from quant.source import source_files
 from quant.tensors import STORED_DTYPES, TensorInfo, TensorReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 SLAB = 1 << 24  # weights read at once
 
 
@@ -26,6 +27,20 @@ def unreadable(patient: Patient) -> Iterator[Seen]:
             patient.checkpoint.read_json(file_name)
         except QwqQuantError as error:
             yield Seen("A file of the model cannot be read.", file_name, reason(error))
+
+
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model",
+)  # fmt: skip
+"""Any of these is one; *.tiktoken too."""
+
+
+def no_tokenizer(patient: Patient) -> Iterator[Seen]:
+    folder = patient.checkpoint.folder
+    if not any((folder / name).exists() for name in TOKENIZERS) and not any(
+        folder.glob("*.tiktoken")
+    ):
+        yield Seen("There is no tokenizer.", "tokenizer.json", f"none of {', '.join(TOKENIZERS)}")
 
 
 def left_over(patient: Patient) -> Iterator[Seen]:
@@ -70,6 +85,8 @@ def mend_dtype(repair, patient: Patient) -> None:
 
 def mixed(patient: Patient) -> Iterator[Seen]:
     """Matrices alone: norms and biases in float32 beside 16-bit weights are usual."""
+    if is_quantized(patient.checkpoint):
+        return  # scales lie beside the weights
     counts: dict[str, int] = {}
     for info in patient.source.tensors.values():
         if len(info.shape) > 1 and info.dtype in FLOATS:
@@ -221,6 +238,13 @@ CHECKS = (
         "file-unreadable", ERROR, FOLDER, "small files are valid JSON", unreadable,
         "Programs that ask the file fail; those that do not run with other settings.",
         "Not mended: fetch the file again.",
+    ),
+    Check(
+        "tokenizer-missing", ERROR, FOLDER, "there is a tokenizer", no_tokenizer,
+        "No program can read a text with this model. It happens when a trainer saved the weights "
+        "alone.",
+        "Not mended: copy tokenizer.json and tokenizer_config.json from the model that it was made "
+        "from.",
     ),
     Check(
         "shard-left-over", NOTE, FOLDER, "all shards belong to the model", left_over,

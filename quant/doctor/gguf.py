@@ -173,13 +173,12 @@ def _fits(main: str, mixture: str) -> bool:
 
 
 def other_metadata(patient: Patient) -> Iterator[Seen]:
-    """What the checks of to-gguf say of the keys that no other check looks at."""
-    own = (PREFIX, f"{_arch(patient)}.rope.scaling.attn_factor")
-    special = set(SPECIAL.values())
+    """What the checks of to-gguf say of the keys that no other check looks at, or could read."""
+    own = (PREFIX, f"{_arch(patient)}.rope.scaling.attn_factor", *SPECIAL.values())
     rest = {
         key: value
-        for key, value in patient.metadata.items()
-        if not key.startswith(own) and key not in special
+        for key, value in patient.source.metadata.items()
+        if not key.startswith(own) or key not in patient.metadata
     }
     try:
         warnings = check_metadata(rest, _arch(patient), patient.n_rows, force=True)

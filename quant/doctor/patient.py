@@ -1,5 +1,6 @@
 """An opened model and what the checks ask of it: small files read once, prompts rendered once."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,8 +9,9 @@ from quant.doctor.finding import CHECKPOINT, GGUF
 from quant.doctor.sandbox import Rendered, render
 from quant.gguf_file import GgufFile, Metadata
 from quant.inspection.conversation import SPECIAL
-from quant.inspection.facts import as_object
+from quant.inspection.facts import as_object, text_at
 from quant.inspection.tensor_kinds import vocabulary_rows
+from quant.metadata_keys import expected
 from quant.recipe import Chosen, Recipe
 from quant.source import Source
 from quant.vocabulary.added_tokens import AddedToken, place_added, read_added_tokens
@@ -24,14 +26,22 @@ SETTINGS, GENERATION, TOKENIZER = "config.json", "generation_config.json", "toke
 SYSTEM, QUESTION, THOUGHT, ANSWER = "Zsystem0", "Zquestion1", "Zthought2", "Zanswer3"
 """Words that no template holds, to be found again in a prompt."""
 
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""What a message calls its thought, where a server has parted it from the answer."""
+
+
+PACKED = ("U8", "I8", "I32", "U32")
+"""Types that quantized weights of a checkpoint are packed in, in shapes of their own."""
+
 
 @dataclass(frozen=True)
 class Talk:
-    """What a template makes of three conversations."""
+    """What a template makes of four conversations."""
 
     bare: Rendered  # a question
     prompt: Rendered  # a question, with the generation prompt
     history: Rendered  # a question, an answer with its thought, a question; generation prompt
+    apart: Rendered  # the same, the thought in fields of its own and not in the answer
 
     @property
     def opener(self) -> str | None:
@@ -45,14 +55,44 @@ class Talk:
     @property
     def tail(self) -> str | None:
         """What the generation prompt ends with, from the question on."""
-        text = self.prompt.text
-        return None if text is None or QUESTION not in text else text.rpartition(QUESTION)[2]
+        return _behind_question(self.prompt)
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt goes on, behind the user's turn, as answers in the history begin.
+
+        Not always as far: gpt-oss and GLM leave channel and thought to the model.
+        """
+        opener, tail = self.opener or "", self.tail or ""
+        turn_end = _n_shared(_behind_question(self.bare) or "", opener)
+        return tail.startswith(opener.rstrip()) or _n_shared(tail, opener) > turn_end
+
+    def kept_thought(self, template: str) -> str | None:
+        """What stands before the old answer, if its thought still does.
+
+        A template that reads thoughts from a field of the message is given them there.
+        """
+        field = rf"\b({'|'.join(THOUGHT_FIELDS)})\b"
+        rendered = self.apart if re.search(field, template) else self.history
+        before = (rendered.text or "").partition(QUESTION)[2].partition(ANSWER)[0]
+        return before if THOUGHT in before else None
 
     @property
     def opens_think(self) -> bool:
         """Whether the answer begins inside a thought whose opening tag is in the prompt."""
         tail = self.tail or ""
         return tail.rfind("<think>") > tail.rfind("</think>")
+
+
+def _behind_question(rendered: Rendered) -> str | None:
+    text = rendered.text
+    return None if text is None or QUESTION not in text else text.rpartition(QUESTION)[2]
+
+
+def _n_shared(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(a), len(b)))
 
 
 class Patient:
@@ -78,9 +118,18 @@ class Patient:
         assert isinstance(self.source, Checkpoint)
         return self.source
 
-    @property
+    @cached_property
     def metadata(self) -> Metadata:
-        return self.source.metadata if isinstance(self.source, GgufFile) else {}
+        """A GGUF file's keys but those of a type that no reader takes, which gguf-metadata tells."""
+        if not isinstance(self.source, GgufFile):
+            return {}
+        arch = text_at(self.source.metadata, "general.architecture") or ""
+        known = {key: expected(key, arch) for key in self.source.metadata}
+        return {
+            key: value
+            for key, value in self.source.metadata.items()
+            if known[key] is None or value.type in known[key].types
+        }
 
     @cached_property
     def config(self) -> dict:
@@ -104,8 +153,9 @@ class Patient:
 
     @cached_property
     def n_rows(self) -> int | None:
-        """Rows of the token embedding."""
-        return vocabulary_rows(self.source.tensors.values())
+        """Rows of the token embedding; None where a quantized one does not show them."""
+        plain = (info for info in self.source.tensors.values() if info.dtype not in PACKED)
+        return vocabulary_rows(plain)
 
     @cached_property
     def added(self) -> list[AddedToken]:
@@ -221,12 +271,13 @@ class Patient:
         return self.talk_of(self.template or "")
 
     def talk_of(self, template: str) -> Talk:
-        """What a template would make of three conversations, with this model's own tokens."""
+        """What a template would make of four conversations, with this model's own tokens."""
         question = {"role": "user", "content": QUESTION}
         answer = {
             "role": "assistant",
             "content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}",
         }
+        apart = {**answer, "content": ANSWER, **dict.fromkeys(THOUGHT_FIELDS, THOUGHT)}
         variables = {f"{kind}_token": text for kind, text in self.named.items()}
         conversations = [
             {**variables, "messages": messages, "add_generation_prompt": prompt}
@@ -234,15 +285,19 @@ class Patient:
                 ([question], False),
                 ([question], True),
                 ([question, answer, question], True),
+                ([question, apart, question], True),
             )
         ]
         return Talk(*render(template, conversations))
 
     @property
     def thinks(self) -> bool:
-        """Whether it thinks before it answers: its recipe, its tokens or its template say so."""
-        by_recipe = self.recipe is not None and self.recipe.thinks
-        return by_recipe or "<think>" in self.ids or "<think>" in (self.template or "")
+        """Whether it thinks before it answers: its template says so, and its recipe or tokens.
+
+        Qwen3's vocabulary has <think> in models that never think too; their recipe knows.
+        """
+        known = self.recipe.thinks if self.recipe is not None else "<think>" in self.ids
+        return known or "<think>" in (self.template or "")
 
 
 def ids_in(value: object) -> list[int]:

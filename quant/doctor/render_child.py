@@ -6,22 +6,32 @@ from Python's insides, but not from looping for ever or asking for all memory; t
 do that, and also leave it no file to open and no process to start, should the sandbox fail.
 """
 
+# No file opens once the limits are set: what Jinja would import while it renders comes first.
 import encodings.ascii
-import encodings.unicode_escape  # noqa: F401, both for Jinja's strings: no file opens later
+import encodings.unicode_escape  # noqa: F401
 import json
+import pprint  # noqa: F401
+import re
 import resource
 import sys
+import textwrap  # noqa: F401
 from datetime import datetime
 
 import jinja2
-import jinja2.debug  # else it is imported when an error is raised, and no file opens then
+import jinja2.constants
+import jinja2.debug
+from jinja2.exceptions import TemplateRuntimeError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.nodes import CallBlock, Const, Getattr, Template
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 
 SECONDS = 3
 MEMORY = 512 << 20
 MAX_TEXT = 1 << 20
+
+ATTRIBUTE = re.compile(r"__\w+__|(func|gi|cr|ag|tb|f)_(globals|code|frame|back|builtins|closure)")
+PATH = re.compile(r"\S*__(class|mro|bases?|subclasses|globals|builtins|import|init)__\S*")
+"""Names that lead to Python's insides: as an attribute, and in a text such as a format's."""
 
 
 class Generation(Extension):
@@ -38,11 +48,21 @@ class Generation(Extension):
         return caller()
 
 
-def environment() -> ImmutableSandboxedEnvironment:
+class Environment(ImmutableSandboxedEnvironment):
+    """Refuses what its parent does, and tells an attack from messages.append(...)."""
+
+    def unsafe_undefined(self, obj, attribute):
+        value = getattr(obj, attribute, None)
+        if SandboxedEnvironment.is_safe_attribute(self, obj, attribute, value):
+            what = f".{attribute} of a {type(obj).__name__}"
+            why = f"a template may not change what it is given: {what}"
+            return self.undefined(why, exc=TemplateRuntimeError)
+        return super().unsafe_undefined(obj, attribute)
+
+
+def environment() -> Environment:
     """What transformers gives a template. # ref: transformers, utils/chat_template_utils.py"""
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
@@ -69,6 +89,13 @@ def limit_this_process() -> None:
         resource.setrlimit(what, (limit, limit))
 
 
+def names_of_insides(tree: Template) -> str:
+    """Python's insides that the template names anywhere, also where no conversation leads."""
+    found = {n.attr for n in tree.find_all(Getattr) if ATTRIBUTE.fullmatch(n.attr)}
+    texts = (n.value for n in tree.find_all(Const) if isinstance(n.value, str))
+    return ", ".join(sorted({*found, *(text for text in texts if PATH.match(text))}))[:300]
+
+
 def render(template, variables: dict) -> dict:
     """{"text": ...}, or {"error": kind, "message": ...}."""
     try:
@@ -79,25 +106,29 @@ def render(template, variables: dict) -> dict:
             if length > MAX_TEXT:
                 return {"error": "TooLong", "message": f"more than {MAX_TEXT} characters"}
         return {"text": "".join(pieces)}
-    except MemoryError:
-        return {"error": "MemoryError", "message": f"more than {MEMORY >> 20} MiB"}
     except Exception as error:
-        return {"error": type(error).__name__, "message": str(error)[:300]}
+        return failed(error)
+
+
+def failed(error: Exception) -> dict:
+    message = f"more than {MEMORY >> 20} MiB" if isinstance(error, MemoryError) else str(error)
+    return {"error": type(error).__name__, "message": message[:300]}
 
 
 def main() -> None:
     request = json.load(sys.stdin)
-    made = environment()
+    made, insides = environment(), ""
     limit_this_process()
     try:
-        template = made.from_string(request["template"])
+        tree = made.parse(request["template"])
+        insides = names_of_insides(tree)
+        template = made.from_string(tree)
     except Exception as error:
-        failed = {"error": type(error).__name__, "message": str(error)[:300]}
-        lines = [failed] * len(request["conversations"])
+        lines = [failed(error)] * len(request["conversations"])
     else:
         lines = (render(template, variables) for variables in request["conversations"])
     for line in lines:
-        print(json.dumps(line), flush=True)
+        print(json.dumps({**line, "insides": insides}), flush=True)
 
 
 main()

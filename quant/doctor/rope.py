@@ -21,21 +21,46 @@ def stated_rope(config: dict) -> dict:
     return {name: value for name, value in stated.items() if value is not None}
 
 
+def is_number(value: object) -> bool:
+    """Whether it can be a setting: finite, and no true. JSON has numbers without a limit."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 def unreadable(patient: Patient) -> Iterator[Seen]:
-    try:
-        arch = find_architecture(patient.config).gguf_name
-    except QwqQuantError:
-        arch = "llama"
     if _missing(patient):
         return  # told by the next check
-    try:
-        rope_metadata(patient.config, arch)
-    except QwqQuantError as error:
+    problem = _contradiction(patient.config)
+    if problem:
         yield Seen(
             "The rotary settings contradict each other or are out of range.",
             f"{SETTINGS}: rope_parameters, rope_scaling, rope_theta",
-            reason(error),
+            problem,
         )
+
+
+def _contradiction(config: dict) -> str:
+    """What is wrong, or "". Of what we do not convert, only that two places agree is known."""
+    try:
+        rope_metadata(config, find_architecture(config).gguf_name)
+    except QwqQuantError as error:
+        if _is_ours(config):
+            return reason(error)
+    new, old = (as_object(config.get(name)) for name in ("rope_parameters", "rope_scaling"))
+    old = {"rope_theta": config.get("rope_theta"), **old}
+    differ = [
+        f"{name} is {new[name]} in rope_parameters, {old[name]} outside"
+        for name in ("rope_theta", *FIELDS)
+        if None not in (new.get(name), old.get(name)) and new[name] != old[name]
+    ]
+    return "; ".join(differ)
+
+
+def _is_ours(config: dict) -> bool:
+    try:
+        find_architecture(config)
+    except QwqQuantError:
+        return False
+    return True
 
 
 def incomplete(patient: Patient) -> Iterator[Seen]:
@@ -51,11 +76,9 @@ def _missing(patient: Patient) -> dict[str, str]:
     """Fields that a loader would fill in silently -> with what."""
     config, rope, found = patient.config, stated_rope(patient.config), {}
     scaled = rope["rope_type"] not in ("default", None)
-    if "rope_theta" not in rope:
+    if "rope_theta" not in rope and _always_states_theta(patient, scaled):
         default = DEFAULT_THETA.get(str(config.get("model_type")), 10000.0)
-        known = patient.recipe.expected.rope_theta if patient.recipe else [default]
-        if scaled or default not in known:
-            found["rope_theta"] = f"{default:g}"
+        found["rope_theta"] = f"{default:g}"
     if rope["rope_type"] == "yarn":
         if "factor" not in rope:
             found["factor"] = "none: it fails, or does not scale"
@@ -63,6 +86,15 @@ def _missing(patient: Patient) -> dict[str, str]:
             longest = config.get("max_position_embeddings")
             found["original_max_position_embeddings"] = f"max_position_embeddings, {longest}"
     return found
+
+
+def _always_states_theta(patient: Patient, scaled: bool) -> bool:
+    """Whether a missing theta was lost. Llama 2 and older models mean 10000 by saying nothing."""
+    config = patient.config
+    if patient.recipe is not None:
+        return scaled or 10000.0 not in patient.recipe.expected.rope_theta
+    in_new_form = as_object(config.get("rope_parameters")) and _is_ours(config)
+    return scaled and bool(in_new_form or str(config.get("model_type")).startswith("qwen"))
 
 
 def _place(config: dict, name: str = "") -> str:
@@ -79,7 +111,7 @@ def complete(repair, patient: Patient) -> None:
     """Write all four fields, where the recipe or the other fields settle them."""
     config, recipe = patient.config, patient.recipe
     rope, yarn = stated_rope(config), recipe.yarn if recipe else None
-    theta = rope.get("rope_theta")
+    theta = _positive(rope.get("rope_theta"))
     if theta is None:
         known = recipe.expected.rope_theta if recipe else []
         if len(known) != 1:
@@ -95,8 +127,8 @@ def complete(repair, patient: Patient) -> None:
             if as_object(config.get(name)):
                 repair.edit(SETTINGS)[name] = {**config[name], "rope_theta": theta}
         return
-    longest = config.get("max_position_embeddings")
-    factor, original = (rope.get(name) for name in FIELDS)
+    longest = _positive(config.get("max_position_embeddings"))
+    factor, original = (_positive(rope.get(name)) for name in FIELDS)
     if original is None:
         original = yarn.original_context if yarn else factor and longest and round(longest / factor)
     if factor is None:
@@ -108,6 +140,11 @@ def complete(repair, patient: Patient) -> None:
             "Name a recipe with --recipe, or state both in config.json.",
         )
     write_yarn(repair.edit(SETTINGS), theta, factor, original)
+
+
+def _positive(value: object) -> float | None:
+    """The number, if it can be a theta, a factor or a length."""
+    return value if is_number(value) and value > 0 else None
 
 
 def write_yarn(config: dict, theta: float, factor: float, original: int) -> None:
@@ -130,7 +167,7 @@ def _yarn(patient: Patient) -> tuple[float, int, int] | None:
     """(factor, original context, max_position_embeddings) of whole YaRN settings."""
     rope = stated_rope(patient.config)
     numbers = (*map(rope.get, FIELDS), patient.config.get("max_position_embeddings"))
-    usable = all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers)
+    usable = all(is_number(n) and n > 0 for n in numbers)
     return numbers if rope["rope_type"] == "yarn" and usable else None
 
 

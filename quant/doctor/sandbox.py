@@ -35,11 +35,15 @@ _DIED = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt, or why there is none. `unsafe`: the template reached for Python's insides."""
+    """A prompt, or why there is none.
+
+    unsafe: the template reached for Python's insides; insides: those it names, reached or not.
+    """
 
     text: str | None = None
     problem: str = ""
     unsafe: bool = False
+    insides: str = ""
 
 
 def render(template: str, conversations: list[dict]) -> list[Rendered]:
@@ -85,6 +89,6 @@ def _read(line: bytes) -> Rendered | None:
     except ValueError:
         return None
     if "text" in found:
-        return Rendered(found["text"])
-    problem = f"{found['error']}: {found['message']}"
-    return Rendered(problem=problem, unsafe=found["error"] == "SecurityError")
+        return Rendered(found["text"], insides=found["insides"])
+    problem, stopped = f"{found['error']}: {found['message']}", found["error"] == "SecurityError"
+    return Rendered(problem=problem, unsafe=stopped, insides=found["insides"])

@@ -1,9 +1,9 @@
-"""The chat template: what it makes of three small conversations, rendered in a child process."""
+"""The chat template: what it makes of four small conversations, rendered in a child process."""
 
 from collections.abc import Iterator
 
 from quant.doctor.finding import CHECKPOINT, ERROR, GGUF, NOTE, WARNING, Check, Seen
-from quant.doctor.patient import ANSWER, QUESTION, THOUGHT, Patient
+from quant.doctor.patient import THOUGHT_FIELDS, Patient
 from quant.errors import BadRecipe
 
 CHATML = (
@@ -23,11 +23,16 @@ CHATML_THINKS = CHATML.replace(
     "assistant\\n' }}{%- endif %}", "assistant\\n<think>\\n' }}{%- endif %}"
 )
 
+_HAS_THOUGHT = " or ".join(
+    ("'</think>' in message.content", *(f"message.{field}" for field in THOUGHT_FIELDS))
+)
 WITHOUT_THOUGHTS = (
-    "{%- set ns = namespace(said=[]) %}"
+    "{%- set ns = namespace(said=[], last=-1) %}"
+    "{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
     "{%- for message in messages %}"
-    "{%- if message.role == 'assistant' and message.content is string "
-    "and '</think>' in message.content %}"
+    "{%- if message.role == 'assistant' and loop.index0 < ns.last and message.content is string "
+    f"and ({_HAS_THOUGHT}) %}}"
     "{%- set answer = message.content.split('</think>')[-1].lstrip('\\n') %}"
     "{%- if message.tool_calls %}"
     "{%- set ns.said = ns.said + "
@@ -39,7 +44,10 @@ WITHOUT_THOUGHTS = (
     "{%- endfor %}"
     "{%- set messages = ns.said %}"
 )
-"""Put before a template: it then sees the answers without what was thought before them."""
+"""Put before a template: it then sees the answers before the last question without their thoughts.
+
+What was thought since then stays: between calls of tools it is needed.
+"""
 
 
 def missing(patient: Patient) -> Iterator[Seen]:
@@ -52,11 +60,13 @@ def missing(patient: Patient) -> Iterator[Seen]:
 
 def unsafe(patient: Patient) -> Iterator[Seen]:
     for rendered in _renders(patient):
-        if rendered.unsafe:
+        if rendered.unsafe or rendered.insides:
+            stopped = f"{rendered.problem} It was stopped by the sandbox."
+            hidden = f"it names {rendered.insides}, where a plain conversation does not lead"
             yield Seen(
                 "The chat template reaches for the insides of Python.",
                 patient.template_place,
-                f"{rendered.problem} It was stopped by the sandbox.",
+                stopped if rendered.unsafe else hidden,
             )
             return
 
@@ -93,7 +103,7 @@ def no_prompt(patient: Patient) -> Iterator[Seen]:
     if patient.template is None:
         return
     opener, tail = patient.talk.opener, patient.talk.tail
-    if opener and tail is not None and not tail.startswith(opener.rstrip()):
+    if opener and tail is not None and not patient.talk.opens_answer:
         yield Seen(
             "With add_generation_prompt the prompt does not open the assistant's turn.",
             patient.template_place,
@@ -114,19 +124,22 @@ def add_prompt(repair, patient: Patient) -> None:
 
 
 def keeps_thoughts(patient: Patient) -> Iterator[Seen]:
-    text = patient.talk.history.text if patient.template is not None else None
-    if patient.thinks and text is not None and THOUGHT in text:
-        behind = text.partition(QUESTION)[2].partition(ANSWER)[0][-80:]
+    if patient.template is None or not patient.thinks:
+        return
+    kept = patient.talk.kept_thought(patient.template)
+    if kept is not None:
         yield Seen(
             "Thoughts of earlier answers stay in the prompt.",
             patient.template_place,
-            f"the second question's prompt still holds {behind!r}",
+            f"the second question's prompt still holds {kept[-80:]!r}",
         )
 
 
 def drop_thoughts(repair, patient: Patient) -> None:
     mended = WITHOUT_THOUGHTS + (patient.template or "")
-    repair.take_template(mended, lambda talk: THOUGHT not in (talk.history.text or THOUGHT))
+    repair.take_template(
+        mended, lambda talk: bool(talk.history.text) and talk.kept_thought(mended) is None
+    )
 
 
 def forces_think(patient: Patient) -> Iterator[Seen]:
@@ -189,7 +202,7 @@ CHECKS = (
         "template-keeps-thoughts", WARNING, BOTH, "old thoughts are dropped", keeps_thoughts,
         "Each turn adds thousands of tokens of stale thought; the context fills up, and models "
         "that were trained without them drift and repeat. Qwen and DeepSeek ask to leave them out.",
-        f"fix puts lines before the template that cut answers at </think>. {IN_GGUF}",
+        f"fix puts lines before the template that take the thoughts out. {IN_GGUF}",
         drop_thoughts,
     ),
     Check(
