@@ -10,6 +10,7 @@ file that was never right.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,8 +255,10 @@ def _check_quantized(folder: Path, method: str) -> str:
     from quant.groups import find_linears
     from quant.skip_list import check_skip_list
 
+    if method == "gptq":
+        return _check_gptq(folder)
     if method != "bitsandbytes":
-        raise _NotMade(f"There is no check of {method}'s settings yet.")
+        raise _NotMade(f"There is no check of {method}'s settings.")
     weights = Bnb4bitWeights(folder)
     linears = find_linears((name, weights.shape(name)) for name in weights.names)
     kept = [name for name in linears if not weights.is_4bit(f"{name}.weight")]
@@ -265,6 +268,20 @@ def _check_quantized(folder: Path, method: str) -> str:
         raise BadInput("config.json lists no modules that stay 16-bit (llm_int8_skip_modules).")
     check_skip_list(entries, linears, kept)
     return f"{len(linears) - len(kept)} linears 4-bit, {len(kept)} 16-bit: all readers agree"
+
+
+def _check_gptq(folder: Path) -> str:
+    """Whether every reader gives each layer the bits that it is stored in. Raises BadInput."""
+    from quant.calibration.gptq_weights import GptqWeights
+    from quant.dynamic_rules import check_rules, stored_bits
+    from quant.groups import find_groups
+
+    weights, config = GptqWeights(folder), _config(folder)["quantization_config"]
+    groups = find_groups((name, weights.shape(name)) for name in weights.names)
+    stored = stored_bits(read_tensors(folder), groups)
+    check_rules(config, groups, stored)
+    counts = sorted(Counter(stored.values()).items())
+    return ", ".join(f"{n} linears in {bits} bits" for bits, n in counts) + ": all readers agree"
 
 
 # --- run ----------------------------------------------------------------------------------------

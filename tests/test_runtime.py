@@ -13,9 +13,11 @@ from click.testing import CliRunner
 from doctor_helpers import DEEPSEEK, QWEN3, QWEN25, QWQ, edit, save_release
 
 from quant.cli import runtime as cli_runtime
+from quant.cli import to_gguf as cli_to_gguf
+from quant.doctor.opening import open_to_run
 from quant.doctor.sandbox import render
 from quant.errors import BadInput, BadRecipe, UsageError
-from quant.recipe import Profile, find_profile, read_recipe, recipe_names
+from quant.recipe import Profile, find_profile, read_recipe, recipe_names, recipe_text
 from quant.runtime import ENGINES
 from quant.runtime.llama_cpp import FLAGS
 from quant.runtime.ollama import PARAMETERS
@@ -41,10 +43,15 @@ def gguf(tiny_qwq, tmp_path_factory):
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("releases")
-    return {
+    found = {
         name: save_release(folder, name)
         for name in ("QwQ-32B", "Qwen2.5-7B-Instruct", "Qwen3-8B", "DeepSeek-R1-Distill-Qwen-32B")
     }
+    far = shutil.copytree(found["Qwen3-8B"], folder / "far", symlinks=True, copy_function=os.link)
+    (far / "config.json").unlink()
+    text = (found["Qwen3-8B"] / "config.json").read_text()
+    (far / "config.json").write_text(text.replace("40960", "262144"))
+    return {**found, "far": far}
 
 
 def options_of(command: str) -> dict[str, str]:
@@ -83,6 +90,21 @@ def test_profile_and_context(tiny_qwq, releases):
 def test_refused(name, options, error, releases):
     with pytest.raises(error):
         settle(open_source(str(releases[name])), "m", **options)
+
+
+def test_a_family_s_yarn_is_not_for_a_model_that_reaches_farther(releases):
+    """A tune of Qwen3-4B-Instruct-2507 under a shorter name."""
+    run = settle(open_source(str(releases["far"])), "x", recipe="qwen3", context=200_000)
+    assert run.yarn is None and run.context == 200_000
+
+
+def test_settings_that_no_sampler_takes_are_told(tiny_qwq, tmp_path):
+    folder = shutil.copytree(tiny_qwq, tmp_path / "model")
+    edit(folder, "config.json", architectures=["X"])
+    for bad in (-1.0, 1e300):
+        edit(folder, "generation_config.json", temperature=bad)
+        with pytest.raises(BadInput):
+            settle(open_source(str(folder)), str(folder))
 
 
 def test_a_model_of_no_recipe_takes_its_own_settings(tiny_qwq, tmp_path):
@@ -132,6 +154,38 @@ def test_a_gguf_needs_no_conversion_and_is_quoted(gguf):
     assert options_of(serve)["-m"] == str(gguf) and "'" in serve
 
 
+@pytest.mark.parametrize("name", ["-dash", "it's $(touch PWNED) `id`; #x", 'a"b', "a\\b"])
+def test_any_name_that_can_be_typed_is_one_word(name, tiny_qwq, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).symlink_to(tiny_qwq)
+    for engine in ENGINES:
+        for command in launch(name, engine).commands:
+            echoed = subprocess.run(
+                ["bash", "-c", f"printf '%s\\0' {command}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            words = shlex.split(command.replace("\\\n", ""))
+            assert echoed.stdout.split("\0")[:-1] == words
+            assert not any(word == name for word in words if name.startswith("-"))
+            if words[1] in ("to-gguf", "serve"):
+                assert words[2].removeprefix("./") == name
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_recipe_and_its_profile_of_ones_own_are_named_to_the_converter(tiny_qwq, tmp_path):
+    mine = tmp_path / "my recipe.toml"
+    mine.write_text(recipe_text("qwq-32b").replace("[profiles.unsloth]", "[profiles.mine]"))
+    convert, _ = launch(tiny_qwq, "llama.cpp", recipe=str(mine), profile="mine").commands
+    words = shlex.split(convert)
+    assert words[-4:] == ["--recipe", str(mine), "--sampling", "mine"]
+    result = CliRunner().invoke(
+        cli_to_gguf.command, [*words[2:], "--dry-run"], standalone_mode=False
+    )
+    assert result.exception is None, result.exception
+
+
 def test_every_setting_of_a_profile_has_a_flag():
     settings = Profile.model_fields.keys() - {"about", "sequence"}
     assert settings == FLAGS.keys()
@@ -157,7 +211,17 @@ def test_vllm_gets_all_four_fields_of_yarn(releases):
     assert "--hf-overrides" not in launch(releases["QwQ-32B"], "vllm").commands[0]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_quantized_folder_runs_but_is_not_converted(tiny_qwq, tmp_path):
+    folder = shutil.copytree(tiny_qwq, tmp_path / "tiny-qwq-4bit")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit(folder, "config.json", quantization_config=settings)
+    for engine in ("vllm", "transformers"):
+        assert ENGINES[engine](settle(open_to_run(str(folder)), str(folder))).commands
+    for engine in ("llama.cpp", "ollama"):
+        with pytest.raises(BadInput, match="already quantized"):
+            ENGINES[engine](settle(open_to_run(str(folder)), str(folder)))
+
+
 def test_what_runs_checkpoints_refuses_a_gguf(engine, gguf):
     with pytest.raises(UsageError, match="is for llama"):
         launch(gguf, engine)
@@ -420,6 +484,43 @@ def test_files_are_written_beside_the_model(gguf, tmp_path):
         cli_runtime.command, [str(gguf), "--engine", "ollama", "-o", str(tmp_path)]
     )
     assert again.exception is not None
+
+
+def test_files_in_another_folder_find_the_model(gguf, tmp_path, monkeypatch):
+    monkeypatch.chdir(gguf.parent)
+    out = os.path.relpath(tmp_path / "run it", gguf.parent)
+    answer = json.loads(
+        runtime(gguf.name, "--engine", "ollama", "-o", out, "--format", "json").stdout
+    )
+    create = shlex.split(answer["commands"][0])
+    modelfile = gguf.parent / create[-1]
+    from_ = dict(parse_modelfile(modelfile.read_text()))["FROM"]
+    assert create[3] == "-f" and (modelfile.parent / from_).samefile(gguf)
+    done = CliRunner().invoke(cli_runtime.command, [gguf.name, "--engine", "llama.cpp", "-o", out])
+    assert isinstance(done.exception, UsageError)  # it has no files
+
+
+def test_a_hub_model_s_weights_are_not_wanted_and_its_revision_is_told(tiny_qwq, tmp_path):
+    """The cache as huggingface_hub lays it out, without weights; no network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--acme--QwQ-tune"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "v2").write_text(commit)
+    snapshot = cached / "snapshots" / commit
+    shutil.copytree(tiny_qwq, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def asked(engine, model, *more):
+        answer = runtime(model, "--engine", engine, "--format", "json", "--offline",
+                         "--cache-dir", tmp_path, *more).stdout  # fmt: skip
+        return json.loads(answer)
+
+    for words in (["acme/QwQ-tune@v2"], ["hf://acme/QwQ-tune", "--revision", "v2"]):
+        given = options_of(asked("vllm", *words)["commands"][0])
+        assert given["--revision"] == "v2"
+        assert asked("vllm", *words)["commands"][0].startswith("vllm serve acme/QwQ-tune ")
+        assert "to-gguf acme/QwQ-tune@v2 " in asked("llama.cpp", *words)["commands"][0]
+        program = asked("transformers", *words)["files"]["run.py"]
+        assert "MODEL = 'acme/QwQ-tune'" in program and program.count("MODEL, revision='v2'") == 3
 
 
 def test_json_and_the_names_of_what_was_chosen(tiny_qwq):

@@ -141,6 +141,24 @@ def test_what_was_added_is_told(outputs):
     assert evidence(outputs / "tiny-4bit", "files").endswith("; besides them: notes.txt")
 
 
+def test_a_gptq_folder(made_models, tmp_path):
+    from quant.calibration.tokens import cut_tokens
+    from quant.formats.gptq import Gptq
+    from quant.gptq_model import plan_gptq
+    from quant.texts import built_in_texts
+    from quant.write_gptq import write_gptq
+
+    checkpoint = open_checkpoint(str(made_models("qwen2")[0]))
+    plan = plan_gptq(checkpoint, Gptq(4, 32), 0.01, True)
+    write_gptq(plan, cut_tokens(checkpoint, built_in_texts(), 1024, 128), tmp_path / "int4")
+    assert states(tmp_path / "int4") == ALL_OK
+    assert "linears in 4 bits: all readers agree" in evidence(tmp_path / "int4", "meaning")
+    config = json.loads((tmp_path / "int4" / "config.json").read_text())
+    config["quantization_config"]["bits"] = 8
+    (tmp_path / "int4" / "config.json").write_text(json.dumps(config))
+    assert evidence(tmp_path / "int4", "meaning").startswith("failed: ")
+
+
 # --- which output -----------------------------------------------------------------------------
 
 
