@@ -3,7 +3,7 @@
 A measurement of a large model takes hours, so it is kept: one JSON file is what choosing, the
 figures and the model card are made from, and it says what it was made from itself.
 
-    model          name, revision, architecture, fingerprint of its headers
+    model          name, revision, architecture, fingerprint of its headers, sample of its weights
     calibration    text, tokens and seed; empty if no text was needed
     quantization   the 4-bit format that was tried
     modules        name -> shape, and the metrics of one linear
@@ -29,6 +29,7 @@ from quant.errors import BadInput
 from quant.formats.nf4 import Bnb4bit
 from quant.groups import KINDS, Group, find_groups
 from quant.strict_files import open_regular, parse_json
+from quant.tensors import TensorReader
 
 FORMAT = 1
 """Of the file; raised when an older reader would misunderstand it."""
@@ -77,6 +78,7 @@ PROVENANCE = {
         "revision": str | None,  # the commit on the hub
         "architecture": str,
         "fingerprint": str,
+        "sample": str,
     },
     "calibration": {"name": str, "sha256": str, "n_tokens": int, "seq_len": int, "seed": int},
     "quantization": {
@@ -349,6 +351,18 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([tensors, shards]).encode()).hexdigest()
 
 
+def sample_weights(checkpoint: Checkpoint) -> str:
+    """sha256 over the first row of every tensor, an adapter's changes included.
+
+    It tells a fine-tuned model from its base, whose fingerprint it has.
+    """
+    digest = hashlib.sha256()
+    with TensorReader() as reader:
+        for name, info in sorted(checkpoint.tensors.items()):
+            digest.update(name.encode() + b"\0" + reader.read_stored(info, 0, 1).tobytes())
+    return digest.hexdigest()
+
+
 def check_model(sensitivity: Sensitivity, checkpoint: Checkpoint) -> list[str]:
     """Raise BadInput with what differs if another model was measured; return notes for the user."""
     if differing := _differences(sensitivity, checkpoint):
@@ -357,13 +371,20 @@ def check_model(sensitivity: Sensitivity, checkpoint: Checkpoint) -> list[str]:
             "\n".join(f"{line}." for line in differing),
             f"Measure this one: qwq-quant measure {printable(checkpoint.name)} -o sensitivity.json",
         )
+    notes = []
+    if sensitivity.model["sample"] != sample_weights(checkpoint):
+        notes.append(
+            f"the sensitivities were measured on {printable(sensitivity.model['name'], 60)}, which "
+            "has the same layout, but other weights: a fine-tuned model's are near its base's, no "
+            "more"
+        )
     measured, here = sensitivity.model["revision"], checkpoint.revision
     if measured and here and measured != here:
-        return [
+        notes.append(
             f"the sensitivities were measured on revision {printable(measured, 40)} of the model, "
             f"this is {printable(here, 40)}; layout and sizes are equal"
-        ]
-    return []
+        )
+    return notes
 
 
 def _differences(sensitivity: Sensitivity, checkpoint: Checkpoint) -> list[str]:

@@ -44,6 +44,7 @@ def measured(n_layers: int, name: str = "tiny", prefix: str = "model") -> dict:
             "revision": "0123456789abcdef",
             "architecture": "Qwen2ForCausalLM",
             "fingerprint": "ab" * 32,
+            "sample": "cd" * 32,
         },
         "calibration": {
             "name": name,

@@ -28,6 +28,7 @@ from quant.sensitivity import (
     check_model,
     fingerprint,
     read_sensitivity,
+    sample_weights,
     write_sensitivity,
 )
 
@@ -50,6 +51,7 @@ def measured(checkpoint, metrics=("weight", "activation", "kld")) -> Sensitivity
             "revision": checkpoint.revision,
             "architecture": checkpoint.config["architectures"][0],
             "fingerprint": fingerprint(checkpoint),
+            "sample": sample_weights(checkpoint),
         },
         {"name": "wiki.txt", "sha256": "ab" * 32, "n_tokens": 4096, "seq_len": 512, "seed": 0},
         {"quant_type": "nf4", "blocksize": 64, "double_quant": True, "search_scales": False},
@@ -338,6 +340,17 @@ def test_another_revision_of_the_same_layout_is_mentioned(tiny, tiny_qwq):
     assert "aaaa" in note
     assert "bbbb" in note
     assert check_model(sensitivity, Checkpoint.open(tiny_qwq)) == []
+
+
+def test_a_fine_tuned_model_is_mentioned(tiny, tiny_qwq, tmp_path):
+    shutil.copytree(tiny_qwq, tmp_path / "tuned")
+    path = tmp_path / "tuned" / "model.safetensors"
+    info = Checkpoint.open(tiny_qwq).tensors["model.layers.2.mlp.up_proj.weight"]
+    content = bytearray(path.read_bytes())
+    content[info.offset] ^= 1
+    path.write_bytes(content)
+    (note,) = check_model(tiny[1], Checkpoint.open(tmp_path / "tuned"))
+    assert "the same layout, but other weights" in note
 
 
 def refused(sensitivity, checkpoint) -> str:

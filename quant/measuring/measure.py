@@ -24,6 +24,7 @@ from quant.sensitivity import (
     MeasuredModule,
     Sensitivity,
     fingerprint,
+    sample_weights,
 )
 from quant.tensors import STORED_DTYPES, to_float32
 
@@ -97,6 +98,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, str | None]:
         "revision": checkpoint.revision,
         "architecture": checkpoint.config["architectures"][0],
         "fingerprint": fingerprint(checkpoint),
+        "sample": sample_weights(checkpoint),
     }
 
 
