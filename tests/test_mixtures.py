@@ -127,33 +127,37 @@ def test_whole_files_hold_llama_cpp_s_bytes(name, tiny_qwq, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def importance(tiny_qwq, tmp_path_factory):
-    """A random importance matrix for all layer tensors of tiny-qwq: file, and name -> float32."""
+def small(tmp_path_factory):
+    """Two layers whose rows fill blocks of 256, as a BF16 file; a random importance matrix for all
+    their weights: its file, and name -> float32."""
     from quant.importance import write_importance
 
-    rng = np.random.default_rng(0)
-    job = plan_gguf(open_source(str(tiny_qwq)), Wishes("Q4_0"))
+    folder, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    config = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    make_model("qwen2", folder / "model", **config, num_attention_heads=4, num_key_value_heads=2)
+    job = plan_gguf(open_source(str(folder / "model")), Wishes("BF16"))
+    write_gguf(job, folder / "bf16.gguf")
     sums = {
         a.name: rng.gamma(0.5, size=(1, a.source.n_columns)).astype(np.float32) * 100
         for a in job.plan.assignments
-        if a.name.startswith("blk.") and a.format.block_size > 1
+        if a.name.startswith("blk.") and len(a.source.shape) == 2
     }
-    path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
     counts = {name: np.full(1, 2048, np.float32) for name in sums}
+    path = folder / "imatrix.gguf"
     write_importance(path, sums, counts, chunk_size=512, n_chunks=4, datasets=["random"])
-    return path, {name: values / np.float32(2048) for name, values in sums.items()}
+    values = {name: values / np.float32(2048) for name, values in sums.items()}
+    return folder / "bf16.gguf", path, values
 
 
-@pytest.mark.parametrize("name", MIXTURES.keys() - {"F32", "F16", "BF16"})
-def test_whole_files_with_importance_hold_llama_cpp_s_bytes(name, tiny_qwq, tmp_path, importance):
-    path, values = importance
-    job = plan_gguf(open_source(str(tiny_qwq)), Wishes("BF16"))
-    write_gguf(job, tmp_path / "bf16.gguf")
-    job = plan_gguf(open_source(str(tiny_qwq)), Wishes(name, imatrix=path))
-    write_gguf(job, tmp_path / "ours.gguf")
-    quantize(tmp_path / "bf16.gguf", tmp_path / "theirs.gguf", MIXTURES[name], importance=values)
-    ours = {t.name: t for t in gguf.GGUFReader(tmp_path / "ours.gguf").tensors}
-    for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors:
+@pytest.mark.parametrize("name", sorted(MIXTURES.keys() - {"F32", "F16", "BF16"}))
+def test_whole_files_with_importance_hold_llama_cpp_s_bytes(name, small, tmp_path):
+    source, path, values = small
+    write_gguf(plan_gguf(open_source(str(source)), Wishes(name, imatrix=path)), tmp_path / "ours")
+    quantize(source, tmp_path / "theirs", MIXTURES[name], importance=values)
+    ours = {t.name: t for t in gguf.GGUFReader(tmp_path / "ours").tensors}
+    theirs = gguf.GGUFReader(tmp_path / "theirs").tensors
+    assert len(ours) == len(theirs) == 27
+    for tensor in theirs:
         assert tensor.tensor_type == ours[tensor.name].tensor_type
         assert np.array_equal(tensor.data, ours[tensor.name].data), tensor.name
 
