@@ -192,18 +192,24 @@ class Yarn(_Part):
         return round(self.factor * self.original_context)
 
 
+WORD = r"^[a-z0-9][a-z0-9._-]*$"
+"""Names that are printed into commands."""
+
+
 class Recipe(_Part):
     """A family of models."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    name: str = Field(pattern=WORD)
     title: str
     thinks: bool = Field(description="whether it thinks before it answers, between <think> tags")
     pad_tokens: list[str] = Field(description="texts for the pad token, best first")
-    vllm_reasoning_parser: str | None = None
+    vllm_reasoning_parser: str | None = Field(None, pattern=WORD)
     identity: Identity
     expected: Expected
     yarn: Yarn | None = None
-    profiles: dict[str, Profile] = Field(min_length=1, description="the first is the default")
+    profiles: dict[Annotated[str, Field(pattern=WORD)], Profile] = Field(
+        min_length=1, description="the first is the default"
+    )
 
     @property
     def default_profile(self) -> str:
@@ -297,7 +303,7 @@ def _validated(kind: type[_Part], text: str, what: str):
     """TOML text as a recipe or a profile. Raises BadRecipe for the first mistake."""
     try:
         return kind.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadRecipe(f"The {what} is no TOML.", printable(error)) from None
     except ValidationError as error:
         raise _explained(error, kind, what) from None

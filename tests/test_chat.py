@@ -510,9 +510,26 @@ def test_a_hostile_template_is_refused_and_not_run(copy, tmp_path):
             voice.prompt([Turn(SUM, RIGHT)], SUM)
 
 
-def test_a_folder_may_be_quantized(copy):
-    edit(copy, "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    assert find_model(str(copy), {}).run.profile_name == "qwen-official"
+def test_a_bitsandbytes_folder_beside_a_gguf(tiny_qwq, voice, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_qwq, quantization_config=settings, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    folder = tmp_path / "tiny-qwq-nf4"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_qwq / name, folder)
+    found = find_model(str(folder), {})
+    assert found.run.profile_name == "qwen-official"
+    with (quantized := load(found)).runner:
+        session = Session([quantized, voice], found.run.profile, 1)
+        for each in session.voices:
+            answer, thought, said = ask(session, SUM, each)
+            assert answer.ending == STOPPED and thought.startswith("Tens: 40 + 80 = 120.")
+            assert said == RIGHT
 
 
 def test_logits_that_are_not_finite(voice, monkeypatch):

@@ -400,3 +400,20 @@ def test_json_and_idle_runs(copy, tmp_path):
     assert "pad-is-eos" not in {f["id"] for f in answer["after"]["findings"]}
     done = run(out, "-o", tmp_path / "again", "--all")
     assert isinstance(done.exception, UsageError) and "--apply" in str(done.exception)
+
+
+def test_all_with_opinions_alone_names_them(tiny_qwq, tmp_path):
+    error = run(tiny_qwq, "-o", tmp_path / "x", "--all").exception
+    assert isinstance(error, UsageError) and "pad-is-stop, template-opens-think" in error.why
+    error = run(tiny_qwq, "-o", tmp_path / "x", "--yarn", "1").exception
+    assert isinstance(error, UsageError) and "more than 1" in error.why
+
+
+def test_a_quantized_folder_is_mended_too(copy, tmp_path):
+    PLANTED["pad-is-eos"](copy)
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit(copy, "config.json", quantization_config=settings)
+    done = run(copy, "-o", tmp_path / "tiny-qwq-4bit", "--all")
+    assert done.exception is None and "mended pad-is-eos" in done.output
+    config = json.loads((tmp_path / "tiny-qwq-4bit" / "config.json").read_text())
+    assert config["quantization_config"] == settings

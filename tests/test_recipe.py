@@ -263,7 +263,11 @@ def test_bad_profiles(text, says, tmp_path):
         ("rms_norm_eps = [1e-5]", "rms_norm_epsilon = [1e-5]", "Did you mean rms_norm_eps?"),
         ("rms_norm_eps = [1e-5]", "rms_norm_eps = []", "expected.rms_norm_eps is []"),
         ('name = "qwq"\n', 'name = "("\n', "no regular expression"),
+        ("[profiles.unsloth]", '[profiles."a\\u001b[2J"]', "should match pattern"),
+        ('parser = "deepseek_r1"', 'parser = "x; rm -rf ~"', "should match pattern"),
+        ("thinks = true", "thinks = " + "[" * 20_000 + "]" * 20_000, "is no TOML"),
     ],
+    ids=range(11),
 )
 def test_bad_recipes(old, new, says, tmp_path):
     text = recipe_text("qwq-32b")
@@ -272,7 +276,7 @@ def test_bad_recipes(old, new, says, tmp_path):
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(BadRecipe) as error:
         read_recipe(str(path))
-    assert says in str(error.value)
+    assert says in str(error.value) and "\x1b" not in str(error.value)
 
 
 def test_a_file_of_ones_own(tmp_path):

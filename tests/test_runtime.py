@@ -10,13 +10,14 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from doctor_helpers import DEEPSEEK, QWEN3, QWEN25, QWQ, edit, save_release
+from doctor_helpers import DEEPSEEK, QWEN3, QWEN25, QWQ, edit, rewrite_gguf, save_release
 
 from quant.cli import runtime as cli_runtime
 from quant.cli import to_gguf as cli_to_gguf
 from quant.doctor.opening import open_to_run
 from quant.doctor.sandbox import render
 from quant.errors import BadInput, BadRecipe, UsageError
+from quant.gguf_file import Value
 from quant.recipe import Profile, find_profile, read_recipe, recipe_names, recipe_text
 from quant.runtime import ENGINES
 from quant.runtime.llama_cpp import FLAGS
@@ -98,13 +99,14 @@ def test_a_family_s_yarn_is_not_for_a_model_that_reaches_farther(releases):
     assert run.yarn is None and run.context == 200_000
 
 
-def test_settings_that_no_sampler_takes_are_told(tiny_qwq, tmp_path):
-    folder = shutil.copytree(tiny_qwq, tmp_path / "model")
-    edit(folder, "config.json", architectures=["X"])
-    for bad in (-1.0, 1e300):
-        edit(folder, "generation_config.json", temperature=bad)
-        with pytest.raises(BadInput):
-            settle(open_source(str(folder)), str(folder))
+def test_settings_that_no_sampler_takes_are_told(gguf, tmp_path):
+    def change(metadata):
+        metadata["general.name"] = Value("str", "nobody's")
+        metadata["general.sampling.temp"] = Value("f32", -1.0)
+
+    path = rewrite_gguf(gguf, tmp_path / "x.gguf", change)
+    with pytest.raises(BadInput, match=r"own setting temp is -1.0"):
+        settle(open_source(str(path)), str(path))
 
 
 def test_a_model_of_no_recipe_takes_its_own_settings(tiny_qwq, tmp_path):
@@ -222,6 +224,7 @@ def test_a_quantized_folder_runs_but_is_not_converted(tiny_qwq, tmp_path):
             ENGINES[engine](settle(open_to_run(str(folder)), str(folder)))
 
 
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
 def test_what_runs_checkpoints_refuses_a_gguf(engine, gguf):
     with pytest.raises(UsageError, match="is for llama"):
         launch(gguf, engine)
@@ -335,6 +338,15 @@ def test_a_default_system_message_is_kept(releases):
     )
     assert commands["SYSTEM"].startswith("You are Qwen, created by Alibaba Cloud.")
     assert "SYSTEM" not in launch(releases["QwQ-32B"], "ollama").files["Modelfile"]
+
+
+def test_a_default_system_message_may_hold_quotes(tiny_qwq, tmp_path):
+    folder = shutil.copytree(tiny_qwq, tmp_path / "qwq")
+    said = 'You are "QwQ".\nSay "hi"'
+    template = f"{{{{- '<|im_start|>system\\n' }}}}{said}{{{{- '<|im_end|>\\n' }}}}" + QWQ
+    edit(folder, "tokenizer_config.json", chat_template=template)
+    commands = dict(parse_modelfile(launch(folder, "ollama").files["Modelfile"]))
+    assert commands["SYSTEM"] == said
 
 
 def test_deepseek_s_stops_and_form(releases):

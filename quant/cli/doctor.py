@@ -27,7 +27,8 @@ def command(model, recipe, deep, strict, output_format, **where):
 
     Pad and end tokens, chat template, rotary settings, sampling settings, shards and types; in a
     .gguf file, what llama.cpp would silently ignore or apply twice. The chat template is rendered
-    in a process with limits on time, memory and files. Nothing is changed: see qwq-quant fix.
+    in a process with limits on time, memory and files. Quantized folders are examined too; a model
+    on the hub is downloaded first. Nothing is changed: see qwq-quant fix.
 
     An error makes answers wrong or endless, a warning hurts in some common use, a note is worth
     knowing. Exit code: 0, or 1 for an error, or with --strict for a warning.

@@ -72,10 +72,8 @@ def _fixed(source, recipe: str | None, fix: str) -> Mended:
     except UsageError as error:  # in the words of `qwq-quant fix`
         what = error.what.replace("--apply", "--fix")
         raise UsageError(what, error.why, error.next_step) from None
-    if not plan.mended:
-        notes = ("the doctor finds nothing to mend",)
-    else:
-        notes = (f"mended {', '.join(plan.mended)}", *(printable(note, 600) for note in plan.notes))
+    done = f"mended {', '.join(plan.mended)}" if plan.mended else "nothing had to be mended"
+    notes = (done, *(printable(note, 600) for note in plan.notes))
     return Mended(mended_checkpoint(plan), plan.chosen, (_recipe_note(plan.chosen), *notes))
 
 

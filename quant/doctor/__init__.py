@@ -8,6 +8,6 @@ defect does to people, and the remedy, stand in the entry, so that a finding tea
     template.py  the chat template: rendered in a child process, never here
     rope.py      rotary settings that are incomplete or not needed
     family.py    values that the model's recipe expects
-    weights.py   shards, types, tied embeddings, NaN
+    files.py     tokenizer, shards, types, tied embeddings, NaN
     gguf.py      what llama.cpp would silently ignore in a GGUF file, or do twice
 """

@@ -120,7 +120,7 @@ class Patient:
 
     @cached_property
     def metadata(self) -> Metadata:
-        """A GGUF file's keys but those of a type that no reader takes, which gguf-metadata tells."""
+        """A GGUF file's keys but those of a type that no reader takes; gguf-metadata tells them."""
         if not isinstance(self.source, GgufFile):
             return {}
         arch = text_at(self.source.metadata, "general.architecture") or ""

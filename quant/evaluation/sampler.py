@@ -51,7 +51,7 @@ class Sampler:
         """
         if settings.get("mirostat"):
             raise BadRecipe(
-                "This profile samples with Mirostat, which `evaluate` cannot.",
+                "This profile samples with Mirostat, which qwq-quant cannot.",
                 next_step="Choose another profile.",
             )
         self._settings = {**DEFAULTS, **settings}
@@ -170,7 +170,7 @@ _SAMPLERS = {
 def _named(name: str) -> Callable[[Sampler, np.ndarray], None]:
     if name not in _SAMPLERS:
         raise BadRecipe(
-            f"This profile samples with `{name}`, which `evaluate` cannot.",
+            f"This profile samples with `{name}`, which qwq-quant cannot.",
             f"It knows {', '.join(_SAMPLERS)}.",
             "Choose another profile.",
         )
