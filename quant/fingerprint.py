@@ -9,7 +9,7 @@ would take longer than much of what is saved.
 
 import json
 import platform
-from dataclasses import fields, is_dataclass
+from dataclasses import astuple, fields, is_dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -82,11 +82,11 @@ def code_digest(code: tuple[str, ...]) -> str:
 
 
 def _source_facts(path: Path, header_nbytes: int) -> list:
-    """[bytes, time, hash of its header]"""
-    file = SourceFile.of(path)
+    """[bytes, time, hash of its content if it is an adapter's, hash of its header]"""
+    _, *facts = astuple(SourceFile.of(path))
     with open(path, "rb") as opened:
         header = xxh3_128(opened.read(header_nbytes)).hexdigest()
-    return [file.nbytes, file.mtime_ns, header]
+    return [*facts, header]
 
 
 def _feed(digest, value: object, paths: dict[Path, int]) -> None:

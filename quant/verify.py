@@ -21,7 +21,7 @@ from quant import manifest
 from quant.checkpoint import CONFIG, read_tensors
 from quant.display import human_bytes, printable
 from quant.durable import foreign_files
-from quant.errors import BadInput, InputMissing, QwqQuantError, Unavailable
+from quant.errors import BadInput, CannotCreate, InputMissing, QwqQuantError, Unavailable
 from quant.gguf_file import GgufFile, open_gguf
 from quant.safetensors_file import read_header
 from quant.sinks.written import READ_BACK_NBYTES, hash_file
@@ -110,8 +110,11 @@ class _NotMade(Exception):
 
 
 def _entries(folder: Path) -> dict[str, dict]:
-    """The manifest's entries. Raises BadInput if they name files outside their folder."""
-    outputs = manifest.read_manifest(folder)["outputs"]
+    """The manifest's entries. Raises BadInput if it is damaged, or names files elsewhere."""
+    try:
+        outputs = manifest.read_manifest(folder)["outputs"]
+    except CannotCreate as error:  # in the words of one who would write it
+        raise BadInput(error.what, "So nothing tells what was written.", "") from error
     for name, entry in outputs.items():
         names = [name, *(file.get("name") for file in _files(entry))]
         if not all(isinstance(n, str) and (n == "." or _is_inside(n)) for n in names):
@@ -303,7 +306,10 @@ def predict_one_token(path: str, say: Callable) -> dict:
         tokens = runner.tokenize(TEXT, special=False)
         if runner.bos is not None:
             tokens = np.concatenate([np.array([runner.bos], tokens.dtype), tokens])
-        logits = runner.begin(tokens, len(tokens) + 1)
+        # One window instead of an answer: a model that does not fit in memory can do that, too. The
+        # token at its end is not read; what is predicted before it is wanted.
+        window = np.concatenate([tokens, tokens[:1]])[None]
+        logits = next(iter(runner.logits(window, len(tokens) - 1)))[0]
         if not np.isfinite(logits).all():
             raise BadInput("It runs, but its logits are not finite.")
         token = runner.text([int(logits.argmax())])

@@ -11,6 +11,7 @@ from quant.durable import PendingFile, journal_path
 from quant.errors import CannotCreate, OutputFailed
 from quant.fingerprint import differences, fingerprint
 from quant.journal import Journal, Resume
+from quant.tensors import TensorInfo
 
 JOB = {"type": "Q8_0", "tensors": "xxh3:1", "source files": {"a": [1, 2, "3"]}}
 
@@ -254,3 +255,15 @@ def test_a_fingerprint_is_the_same_after_json_and_tells_values_apart():
     assert len({of(value)["x"] for value in values}) == len(values)
     with pytest.raises(TypeError):
         of(object())
+
+
+def test_an_adapter_is_told_by_its_content(tmp_path):
+    """Of the same size and time, and changed behind its header."""
+    path = tmp_path / "adapter_model.safetensors"
+    tables = []
+    for content in (b"header, then 1", b"header, then 2"):
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))
+        info = TensorInfo("a", (1,), "F32", path, 7, 4)
+        tables.append(fingerprint(code=(), hashed={"tensors": info}))
+    assert differences(*tables) == ["source file adapter_model.safetensors"]

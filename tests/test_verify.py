@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from quant.cli import cli
 from quant.dynamic_4bit import Budget, plan_4bit
-from quant.errors import BadInput, CannotCreate, InputMissing
+from quant.errors import BadInput, InputMissing
 from quant.formats.nf4 import Bnb4bit
 from quant.gguf_file import open_gguf
 from quant.source import open_checkpoint, open_source
@@ -110,6 +110,15 @@ def test_a_whole_folder(written):
     assert states(written / "tiny-4bit") == ALL_OK
 
 
+def test_a_model_that_does_not_fit_in_memory_runs_layer_by_layer(written, monkeypatch):
+    from quant.evaluation.runners import folder
+    from quant.verify import predict_one_token
+
+    whole = predict_one_token(str(written / "tiny-4bit"), print)
+    monkeypatch.setattr(folder, "_free_memory", lambda device: 0)
+    assert predict_one_token(str(written / "tiny-4bit"), print) == whole
+
+
 def test_a_list_of_exceptions_that_readers_misread(outputs):
     path = outputs / "tiny-4bit" / "config.json"
     config = json.loads(path.read_text())
@@ -172,8 +181,9 @@ def test_what_is_no_output(tmp_path):
     with pytest.raises(InputMissing):
         find_outputs(tmp_path / "nothing")
     (tmp_path / "qwq-quant.json").write_text("no")
-    with pytest.raises(CannotCreate):
+    with pytest.raises(BadInput, match="is no manifest of qwq-quant's") as caught:
         find_outputs(tmp_path)
+    assert "replaced" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "", 3, None])

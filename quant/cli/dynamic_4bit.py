@@ -32,7 +32,7 @@ FOR_THE_FIGURES = {"weight", "activation"}
     "--target-bpw",
     type=options.BitsPerWeight(),
     help="Instead of --budget: bits per weight of the decoder's linear layers. Plain 4-bit has "
-    "4.13.",
+    "4.13 in large models.",
 )
 @click.option(
     "--metric",

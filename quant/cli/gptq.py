@@ -126,11 +126,10 @@ def command(
         return
 
     from quant.calibration.device import choose_device
-    from quant.calibration.tokens import cut_tokens
+    from quant.cli.calibrating import held_out_tokens
     from quant.cli.plan_table import print_note
     from quant.cli.progress import Progress
     from quant.model_folder import check_room
-    from quant.texts import held_out_texts
     from quant.write_gptq import N_MODELS, check_gptq, write_gptq
     from quant.write_with_feedback import check_tokens
 
@@ -138,7 +137,7 @@ def command(
     device = choose_device(device)
     tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
     check_tokens(plan, tokens)
-    held_out = cut_tokens(checkpoint, held_out_texts(), 8192, min(seq_len, 256)) if check else None
+    held_out = held_out_tokens(checkpoint) if check else None
     started = time.monotonic()
     if plan.budget.needs_choice:
         plan = _spent(plan, calibration, n_tokens, seq_len, device)

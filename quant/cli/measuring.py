@@ -9,9 +9,6 @@ from quant.errors import BadInput
 LEAST_TOKENS = 256
 """One sequence of the default length; fewer say nothing about a layer of a thousand inputs."""
 
-CHECKED_TOKENS, CHECKED_SEQ_LEN = 8192, 256
-"""Of held-out text: half of them are scored."""
-
 
 def run_measurement(
     checkpoint,
@@ -25,18 +22,16 @@ def run_measurement(
     """A Sensitivity of `checkpoint`; `weight` is always among the metrics."""
     from quant.calibration.device import choose_device
     from quant.calibration.streamed_model import StreamedModel
-    from quant.calibration.tokens import cut_tokens
+    from quant.cli.calibrating import calibration_tokens
     from quant.cli.progress import Progress
     from quant.dynamic_4bit import find_quantizable, output_dtype
     from quant.measuring.measure import measure, n_steps
-    from quant.texts import built_in_texts, read_texts
 
     find_quantizable(checkpoint)
     metrics = frozenset(metrics)
     tokens = None
     if metrics - {"weight"}:
-        texts = built_in_texts() if calibration is None else read_texts(calibration)
-        tokens = cut_tokens(checkpoint, texts, n_tokens, seq_len)
+        tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
         _check_enough(tokens)
     model = StreamedModel(checkpoint, device=choose_device(device))
     with Progress("Measuring, layers", n_steps(model, tokens, metrics)) as bar:
@@ -56,18 +51,15 @@ def _check_enough(tokens) -> None:
 def prepared_check(checkpoint, device: str):
     """A check of what will be written: (plan, folder) -> results on the built-in held-out text.
 
-    The text is the same whatever the model was calibrated on, so that results can be compared.
     What can go wrong before that, goes wrong now.
     """
     from quant.calibration.device import choose_device
-    from quant.calibration.tokens import context_length, cut_tokens
     from quant.check_4bit import N_MODELS, check_4bit
+    from quant.cli.calibrating import held_out_tokens
     from quant.cli.progress import Progress
-    from quant.texts import held_out_texts
 
     device = choose_device(device)
-    seq_len = min(CHECKED_SEQ_LEN, context_length(checkpoint))
-    tokens = cut_tokens(checkpoint, held_out_texts(), CHECKED_TOKENS, seq_len)
+    tokens = held_out_tokens(checkpoint)
 
     def run(plan, folder: Path):
         n_layers = max(group.layer for group in plan.groups) + 1

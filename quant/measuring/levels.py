@@ -1,17 +1,15 @@
 """What plain rounding on a GPTQ grid costs each group, by the bits that it may have."""
 
 from collections.abc import Callable
-from math import isfinite
 
 import numpy as np
 import torch
 
 from quant.calibration.streamed_model import StreamedModel
-from quant.display import printable
-from quant.errors import BadInput
-from quant.gptq_model import GptqPlan
+from quant.gptq_model import METRIC, GptqPlan
 from quant.gptq_rounding import plainly_rounded
 from quant.measuring.gradient import measure_gradient
+from quant.measuring.measure import require_finite
 
 
 def n_steps(plan: GptqPlan, model: StreamedModel) -> int:
@@ -38,18 +36,6 @@ def measure_levels(
             return plainly_rounded(format, w)
 
         damage = measure_gradient(model, list(plan.groups), tokens, rounding, progress)
-        _require_finite(damage, plan)
+        require_finite({METRIC: damage}, plan.checkpoint)
         found.append(damage)
     return {g.name: (*(damage[g.name] for damage in found), 0.0) for g in plan.groups}
-
-
-def _require_finite(damage: dict[str, float], plan: GptqPlan) -> None:
-    for name, value in damage.items():
-        if not isfinite(value):
-            raise BadInput(
-                f"{printable(plan.checkpoint.name)} cannot be measured: what rounding costs "
-                f"{printable(name)} is {value}.",
-                "The model gives NaN or infinity somewhere: its weights are damaged, or they "
-                "overflow in the type it is computed in.",
-                "Download the checkpoint again, or ask its maker.",
-            )

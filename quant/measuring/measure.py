@@ -60,7 +60,7 @@ def measure(
         for metric, run in (("gradient", measure_gradient), ("kld", measure_kld)):
             if metric in metrics:
                 found[metric] = run(model, groups, ids, rounding, progress)
-    _require_finite(found, model.checkpoint)
+    require_finite(found, model.checkpoint)
     tensors = model.checkpoint.tensors
     return Sensitivity(
         model=model_facts(model.checkpoint),
@@ -77,7 +77,7 @@ def measure(
     )
 
 
-def _require_finite(found: dict[str, dict[str, float]], checkpoint: Checkpoint) -> None:
+def require_finite(found: dict[str, dict[str, float]], checkpoint: Checkpoint) -> None:
     """Raise BadInput for a model that gives NaN or infinity."""
     for metric, values in found.items():
         for name, value in values.items():
