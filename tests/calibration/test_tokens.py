@@ -6,7 +6,8 @@ import pytest
 
 from quant.calibration.tokens import context_length, cut_tokens
 from quant.checkpoint import Checkpoint
-from quant.cli.measuring import CHECKED_TOKENS, prepared_check, run_measurement
+from quant.cli.calibrating import CHECKED_TOKENS
+from quant.cli.measuring import prepared_check, run_measurement
 from quant.errors import BadInput
 from quant.formats.nf4 import Bnb4bit
 from quant.texts import built_in_texts, read_texts
