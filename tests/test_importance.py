@@ -142,14 +142,14 @@ def llama_load(path: Path) -> tuple[dict, tuple]:
         ggml("gguf_get_val_u32", ctypes.c_uint32, file, key("imatrix.chunk_size")),
     )  # fmt: skip
     arrays = {}
-    tensor = ggml("ggml_get_first_tensor", pointer, context)
-    while tensor:
-        tensor = pointer(tensor)
-        name = ggml("ggml_get_name", ctypes.c_char_p, tensor).decode()
-        n = ggml("ggml_nelements", ctypes.c_int64, tensor)
+    # Of the file, not of the context: that has one tensor more, all data as a blob of int8.
+    for i in range(ggml("gguf_get_n_tensors", ctypes.c_int64, file)):
+        name = ggml("gguf_get_tensor_name", ctypes.c_char_p, file, i).decode()
+        tensor = pointer(ggml("ggml_get_tensor", pointer, context, name))
+        assert ggml("gguf_get_tensor_type", ctypes.c_int, file, i) == 0  # GGML_TYPE_F32
+        nbytes = ggml("ggml_nbytes", ctypes.c_size_t, tensor)
         data = ggml("ggml_get_data", pointer, tensor)
-        arrays[name] = np.frombuffer(ctypes.string_at(data, 4 * n), np.float32)
-        tensor = ggml("ggml_get_next_tensor", pointer, context, tensor)
+        arrays[name] = np.frombuffer(ctypes.string_at(data, nbytes), np.float32)
     ggml("gguf_free", None, file)
     ggml("ggml_free", None, context)
     weights = {}
