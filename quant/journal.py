@@ -133,9 +133,11 @@ class Journal:
     """
 
     def __init__(
-        self, output: Path, fingerprint: dict, resume: Resume, unit_name: str, n_units: int
+        self, output: Path, fingerprint: dict, resume: Resume, unit_name: str, n_units: int | None
     ):
         """Lock and read it. Raises CannotCreate if another run writes `output`.
+
+        n_units: how many there will be, if that is known.
 
         With mode "required": InputMissing if there is nothing to go on with, BadInput if it was
         another job's; nothing is changed then.
@@ -216,8 +218,9 @@ class Journal:
     def _say_what_begins(self, n_units: int) -> None:
         shown = printable(self.output)
         if n_units:
-            done = f"{n_units} of {self._n_units} {self._unit_name}"
-            self._resume.say(f"Going on after {done} of an interrupted run on {shown}.")
+            self._resume.say(
+                f"Going on after {self._count(n_units)} of an interrupted run on {shown}."
+            )
         elif self._resume.mode != "never" and (self.abandoned is not None or self.units):
             why = "what it wrote is no longer there"
             if self.abandoned is not None:
@@ -225,6 +228,11 @@ class Journal:
             self._resume.say(
                 f"An interrupted run on {shown} cannot be continued, so it starts over; {why}."
             )
+
+    def _count(self, n_units: int) -> str:
+        """ "8 of 15 tensors", or "8 steps"."""
+        total = "" if self._n_units is None else f"of {self._n_units} "
+        return f"{n_units} {total}{self._unit_name}"
 
     def _what_differs(self) -> str:
         found = differences(self.abandoned, self._fingerprint)
@@ -410,7 +418,7 @@ class Journal:
 
     def _tell_what_is_kept(self, error: BaseException) -> None:
         kept = (
-            f"{self._n_done} of {self._n_units} {self._unit_name} are finished and kept in hidden "
+            f"{self._count(self._n_done)} are finished and kept in hidden "
             f"files beside {printable(self.output)}."
         )
         if self.completed is not None:
@@ -431,11 +439,14 @@ class Journal:
 
 def _may_be_got_over(error: BaseException) -> bool:
     """Whether the same command could succeed where it failed: the disk can get room, a server come
-    back, but NaN weights stay, and a file may not become larger than its file system allows.
+    back, but NaN weights stay, a file may not become larger than its file system allows, and what
+    the program finds wrong with its own work is made no better by going on with it.
     """
     cause = error.__cause__
     if isinstance(cause, OSError):
         return cause.errno != errno.EFBIG
+    if type(error) is QwqQuantError:
+        return False
     return not isinstance(error, (BadInput, BadRecipe, UsageError, OutputFailed))
 
 

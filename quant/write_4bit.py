@@ -6,7 +6,8 @@ computes. It is filled under a temporary name and read back; it appears whole or
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from quant.calibration.tokens import Tokens
@@ -14,8 +15,18 @@ from quant.convert import worker_count
 from quant.durable import write_whole
 from quant.dynamic_4bit import Plan4bit, PlannedTensor, part_name
 from quant.groups import find_linears
+from quant.journal import Resume
 from quant.model_card import model_card
-from quant.model_folder import STORED, Source, check_room, write_folder, write_model_config
+from quant.model_folder import (
+    STORED,
+    FolderRun,
+    Source,
+    WrittenFolder,
+    folder_run,
+    ticking,
+    write_folder,
+    write_model_config,
+)
 from quant.report.choice import Result
 from quant.report.sensitivity_report import sensitivity_report
 from quant.safetensors_file import read_header
@@ -31,17 +42,6 @@ Check = Callable[[Plan4bit, Path], tuple[Result, ...]]
 """Measures the written folder, before it gets its name."""
 
 
-@dataclass
-class Written4bit:
-    """What was written."""
-
-    folder: Path
-    nbytes: int = 0  # of all weight files
-    results: tuple[Result, ...] = ()
-    damped: dict[str, float] = field(default_factory=dict)
-    """With feedback: linears whose H was singular, and the damping that made it regular."""
-
-
 def write_4bit(
     plan: Plan4bit,
     output: Path,
@@ -49,84 +49,153 @@ def write_4bit(
     tokens: Tokens | None = None,
     device: str = "cpu",
     force: bool = False,
-    base_model: str | None = None,
     command: tuple[str, ...] = (),
+    resume: Resume | None = None,
+    **how,
+) -> WrittenFolder:
+    """Carry out the plan, or what an interrupted run left of it. The rest is as for `fill_4bit`."""
+    with run_4bit(plan, output, force, command, resume, tokens=tokens, device=device) as run:
+        return fill_4bit(plan, run, tokens=tokens, device=device, **how)
+
+
+def run_4bit(
+    plan: Plan4bit,
+    output: Path,
+    force: bool,
+    command: tuple[str, ...],
+    resume: Resume | None,
+    *,
+    tokens: Tokens | None = None,
+    device: str = "cpu",
+    metric: str | None = None,
+    held_out: Tokens | None = None,
+) -> AbstractContextManager[FolderRun]:
+    """Lock the output, before anything is measured or written, and see what is finished of it.
+
+    plan: the final one, or one whose budget is spent later by a `metric` that is measured on
+    `tokens`. held_out: what is checked on in the end, if anything is; `device` is what a model is
+    run on. Raises CannotCreate or OutputFailed if it cannot be written, and what Journal raises.
+    """
+    hashed = {"groups kept in 16 bits": sorted(plan.kept)}
+    facts = {**asdict(plan.format), "type_of_what_stays": plan.dtype, "feedback": plan.feedback}
+    if metric is not None:
+        facts |= {"budget": str(plan.budget), "metric": metric}
+    return folder_run(
+        plan.checkpoint,
+        output,
+        force,
+        command,
+        resume,
+        code=CODE,
+        hashed=hashed,
+        facts=facts,
+        tokens=tokens,
+        held_out=held_out,
+        device=device,
+        nbytes=plan.nbytes,
+    )
+
+
+def fill_4bit(
+    plan: Plan4bit,
+    run: FolderRun,
+    *,
+    tokens: Tokens | None = None,
+    device: str = "cpu",
+    base_model: str | None = None,
     progress: Callable[[int], None] = lambda n: None,
     check: Check | None = None,
-) -> Written4bit:
+) -> WrittenFolder:
     """Carry out the plan. The folder appears whole and verified, or not at all.
 
     tokens: of the calibration text, and `device` to run the model on, for a plan with feedback.
     base_model: the hub's name of the source, for the model card.
-    Calls progress(weights written), or, with feedback, progress(1) after each layer.
-    Raises BadInput for NaN weights, too few tokens or a source that changed; CannotCreate or
-    OutputFailed.
+    Calls progress(weights written), or, with feedback, progress(1) after each layer; first of all
+    with what an interrupted run had done.
+    Raises BadInput for NaN weights, too few tokens or a source that changed; CannotCreate,
+    OutputFailed or Stopped.
     """
-    check_output(plan, output, force)
-    written = Written4bit(output)
+    damped: dict[str, float] = {}
 
-    def fill(folder: Path) -> list[WrittenFile]:
+    def fill(folder: Path, sink: ShardedSink, there: list[dict]) -> None:
         write_config(plan, folder)  # first: it may find that no list of exceptions would do
         if plan.feedback:
-            files = _write_with_feedback(plan, folder, tokens, device, written, progress)
+            damped.update(_write_with_feedback(plan, run, sink, there, tokens, device, progress))
         else:
-            files = write_weights(plan, folder, progress)
+            write_weights(plan, run, sink, len(there), progress)
+
+    def finish(folder: Path, files: list[WrittenFile]) -> tuple[WrittenFolder, dict]:
         check_written(plan, folder)
-        return files
-
-    def finish(folder: Path, files: list[WrittenFile]) -> dict:
-        written.nbytes = sum(file.nbytes for file in files)
-        written.results = check(plan, folder) if check else ()
-        _write_report(plan, folder, written.results)
-        card = model_card(plan, written.nbytes, written.results, base_model, tokens)
+        results = check(plan, folder) if check else ()
+        written = WrittenFolder(run.output, sum(file.nbytes for file in files), results, damped)
+        _write_report(plan, folder, results)
+        card = model_card(plan, written.nbytes, results, base_model, tokens)
         write_whole(folder / "README.md", card.encode())
-        return _facts(plan, written, tokens)
+        return written, _facts(plan, written, tokens)
 
-    write_folder(plan.checkpoint, output, force, command, fill, finish)
-    return written
+    return write_folder(run, *_planned(plan), fill, finish)
 
 
-def check_output(plan: Plan4bit, output: Path, force: bool) -> None:
-    """Raise CannotCreate or OutputFailed if what is planned cannot be written there."""
-    check_room(output, plan.nbytes, force)
+CODE = (
+    "formats", "sinks", "convert.py", "dynamic_4bit.py", "finite.py", "groups.py", "lora.py",
+    "model_folder.py", "tensors.py", "write_4bit.py",
+)  # fmt: skip
+"""What makes bytes of a plan."""
 
 
 # --- weights ----------------------------------------------------------------------------------
 
 
+def _planned(plan: Plan4bit) -> tuple[list[tuple[str, str, tuple[int, ...]]], int]:
+    """The tensors in the order in which they are written; how many of the source's need no pass."""
+    if plan.feedback:
+        from quant.write_with_feedback import planned_tensors
+
+        return planned_tensors(plan), len(plan.stays)
+    return [part for tensor in plan.tensors for part in _parts(plan, tensor)], len(plan.tensors)
+
+
 def write_weights(
-    plan: Plan4bit, folder: Path, progress: Callable[[int], None]
-) -> list[WrittenFile]:
-    """All tensors, a few million weights a core in memory. Calls progress(weights written)."""
-    tensors = plan.checkpoint.tensors
-    sink = ShardedSink(folder, [part for t in plan.tensors for part in _parts(plan, t)])
-    try:
-        with TensorReader() as reader, ThreadPoolExecutor(worker_count()) as pool:
-            for tensor in plan.tensors:
-                source = Source(tensors[tensor.name], reader, plan.dtype)
-                if tensor.is_4bit:
-                    encoded = plan.format.encode_rows(
-                        source.read_float32, tensor.shape, plan.dtype, map=pool.map
-                    )
-                    for suffix, part in encoded.items():
-                        sink.write(part_name(tensor.name, suffix), part)
-                else:
-                    sink.write(tensor.name, source.blocks())
-                progress(tensors[tensor.name].n_weights)
-        return sink.finish()
-    finally:
-        sink.discard()
+    plan: Plan4bit,
+    run: FolderRun,
+    sink: ShardedSink,
+    n_done: int,
+    progress: Callable[[int], None],
+) -> None:
+    """All tensors behind the first n, a few million weights a core in memory.
+
+    Calls progress(weights written).
+    """
+    tensors, tick = plan.checkpoint.tensors, run.journal.tick
+    progress(sum(tensors[t.name].n_weights for t in plan.tensors[:n_done]))
+    with TensorReader() as reader, ThreadPoolExecutor(worker_count()) as pool:
+
+        def ticking_map(step, *ranges):
+            return ticking(pool.map(step, *ranges), tick)
+
+        for tensor in plan.tensors[n_done:]:
+            source = Source(tensors[tensor.name], reader, plan.dtype)
+            if tensor.is_4bit:
+                encoded = plan.format.encode_rows(
+                    source.read_float32, tensor.shape, plan.dtype, map=ticking_map
+                )
+                parts = {part_name(tensor.name, suffix): p for suffix, p in encoded.items()}
+            else:
+                parts = {tensor.name: ticking(source.blocks(), tick)}
+            run.write(sink, parts)
+            progress(tensors[tensor.name].n_weights)
 
 
 def _write_with_feedback(
     plan: Plan4bit,
-    folder: Path,
+    run: FolderRun,
+    sink: ShardedSink,
+    there: list[dict],
     tokens: Tokens,
     device: str,
-    written: Written4bit,
     progress: Callable[[int], None],
-) -> list[WrittenFile]:
-    """What stays 16-bit first, then every 4-bit linear as it is made."""
+) -> dict[str, float]:
+    """What stays 16-bit first, then every 4-bit linear as it is made; unusual dampings."""
     # Only here: torch takes a second to import, and plain rounding needs none of it.
     from quant.algorithms.gptq import DAMP
     from quant.feedback_4bit import encode_with_feedback
@@ -137,9 +206,8 @@ def _write_with_feedback(
         return {part_name(f"{module}.weight", suffix): p for suffix, p in parts.items()}, rounded
 
     check_tokens(plan, tokens)
-    files, damps = write_with_feedback(plan, encode, tokens, folder, device, progress)
-    written.damped = {module: damp for module, damp in damps.items() if damp > DAMP}
-    return files
+    damps = write_with_feedback(plan, run, sink, there, encode, tokens, device, progress)
+    return {module: damp for module, damp in damps.items() if damp > DAMP}
 
 
 def _parts(plan: Plan4bit, tensor: PlannedTensor) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -197,7 +265,7 @@ def _write_report(plan: Plan4bit, folder: Path, results: tuple[Result, ...]) -> 
         write_whole(folder / FIGURES / name, content)
 
 
-def _facts(plan: Plan4bit, written: Written4bit, tokens: Tokens | None) -> dict:
+def _facts(plan: Plan4bit, written: WrittenFolder, tokens: Tokens | None) -> dict:
     """What the manifest says about the choice and its outcome."""
     facts = {
         "type": f"{plan.format_name}, {len(plan.kept)} of {len(plan.groups)} groups 16-bit",

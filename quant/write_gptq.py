@@ -4,7 +4,8 @@ The folder appears whole and verified, or not at all.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,11 +24,25 @@ from quant.formats import Float16Overflow
 from quant.gptq_card import gptq_card
 from quant.gptq_model import METRIC, GptqPlan
 from quant.gptq_rounding import make_grid, plainly_rounded
+from quant.journal import Resume
 from quant.measuring.measure import calibration_facts
-from quant.model_folder import check_room, write_folder, write_json, write_model_config
+from quant.model_folder import (
+    FolderRun,
+    WrittenFolder,
+    folder_run,
+    write_folder,
+    write_json,
+    write_model_config,
+)
 from quant.report.choice import Result
+from quant.sinks.safetensors import ShardedSink
 from quant.sinks.written import WrittenFile
-from quant.write_with_feedback import Encode, check_tokens, write_with_feedback
+from quant.write_with_feedback import (
+    Encode,
+    check_tokens,
+    planned_tensors,
+    write_with_feedback,
+)
 
 QUANTIZE_CONFIG = "quantize_config.json"
 """AutoGPTQ's own place for what config.json's quantization_config says too."""
@@ -39,17 +54,6 @@ Check = Callable[[GptqPlan, Path], tuple[Result, ...]]
 """Measures the written folder, before it gets its name."""
 
 
-@dataclass
-class WrittenGptq:
-    """What was written."""
-
-    folder: Path
-    nbytes: int = 0  # of all weight files
-    results: tuple[Result, ...] = ()
-    damped: dict[str, float] = field(default_factory=dict)
-    """Linears whose H was singular, and the damping that made it regular."""
-
-
 def write_gptq(
     plan: GptqPlan,
     tokens: Tokens,
@@ -57,43 +61,100 @@ def write_gptq(
     *,
     device: str = "cpu",
     force: bool = False,
-    base_model: str | None = None,
     command: tuple[str, ...] = (),
+    resume: Resume | None = None,
+    **how,
+) -> WrittenFolder:
+    """Carry out the plan, or what an interrupted run left of it. The rest is as for `fill_gptq`."""
+    check_tokens(plan, tokens)
+    with run_gptq(plan, tokens, output, force, command, resume, device=device) as run:
+        return fill_gptq(plan, tokens, run, device=device, **how)
+
+
+def run_gptq(
+    plan: GptqPlan,
+    tokens: Tokens,
+    output: Path,
+    force: bool,
+    command: tuple[str, ...],
+    resume: Resume | None,
+    *,
+    device: str = "cpu",
+    measured: Tokens | None = None,
+    held_out: Tokens | None = None,
+) -> AbstractContextManager[FolderRun]:
+    """Lock the output, before anything is measured or written, and see what is finished of it.
+
+    plan: the final one, or one whose budget is spent later by what is measured on `measured`.
+    held_out: what is checked on in the end, if anything is. Raises CannotCreate or OutputFailed if
+    it cannot be written, and what Journal raises.
+    """
+    facts = {"bits": plan.format.bits, "group_size": plan.format.group_size}
+    facts |= {"symmetric": plan.format.symmetric, "static_groups": plan.static_groups}
+    facts |= {"damp": plan.damp, "type_of_what_stays": plan.dtype, "budget": str(plan.budget)}
+    return folder_run(
+        plan.checkpoint,
+        output,
+        force,
+        command,
+        resume,
+        code=CODE,
+        hashed={"bits of the groups": dict(plan.bits), "text to measure on": measured},
+        facts=facts,
+        tokens=tokens,
+        held_out=held_out,
+        device=device,
+        nbytes=plan.nbytes,
+    )
+
+
+def fill_gptq(
+    plan: GptqPlan,
+    tokens: Tokens,
+    run: FolderRun,
+    *,
+    device: str = "cpu",
+    base_model: str | None = None,
     progress: Callable[[int], None] = lambda n_layers: None,
     check: Check | None = None,
-) -> WrittenGptq:
+) -> WrittenFolder:
     """Carry out the plan, calibrated on `tokens`. Calls progress(1) after each layer.
 
     base_model: the hub's name of the source, for the model card.
     Raises BadInput for too few tokens, weights or activations that are not finite, or a source that
-    changed; CannotCreate or OutputFailed.
+    changed; CannotCreate, OutputFailed or Stopped.
     """
-    check_tokens(plan, tokens)
-    check_room(output, plan.nbytes, force)
-    written = WrittenGptq(output)
+    damped: dict[str, float] = {}
 
-    def fill(folder: Path) -> list[WrittenFile]:
+    def fill(folder: Path, sink: ShardedSink, there: list[dict]) -> None:
         quantization = plan.quantization_config  # first: it may find that no rules would do
-        files, damps = write_with_feedback(plan, _encoder(plan), tokens, folder, device, progress)
-        written.damped = {module: damp for module, damp in damps.items() if damp > plan.damp}
+        damps = write_with_feedback(
+            plan, run, sink, there, _encoder(plan), tokens, device, progress
+        )
+        damped.update({module: damp for module, damp in damps.items() if damp > plan.damp})
         write_model_config(plan.checkpoint, plan.dtype, quantization, folder)
         if quantization is not None:
             write_json(folder / QUANTIZE_CONFIG, quantization)
-            check_rules(quantization, plan.groups, stored_bits(read_tensors(folder), plan.groups))
-        return files
 
-    def finish(folder: Path, files: list[WrittenFile]) -> dict:
-        written.nbytes = sum(file.nbytes for file in files)
-        written.results = check(plan, folder) if check else ()
-        card = gptq_card(plan, written.nbytes, tokens, written.results, base_model)
+    def finish(folder: Path, files: list[WrittenFile]) -> tuple[WrittenFolder, dict]:
+        if plan.quantized:
+            stored = stored_bits(read_tensors(folder), plan.groups)
+            check_rules(plan.quantization_config, plan.groups, stored)
+        results = check(plan, folder) if check else ()
+        written = WrittenFolder(run.output, sum(file.nbytes for file in files), results, damped)
+        card = gptq_card(plan, written.nbytes, tokens, results, base_model)
         write_whole(folder / "README.md", card.encode())
-        return _facts(plan, written, tokens)
+        return written, _facts(plan, written, tokens)
 
-    write_folder(plan.checkpoint, output, force, command, fill, finish)
-    return written
+    return write_folder(run, planned_tensors(plan), len(plan.stays), fill, finish)
 
 
-def _facts(plan: GptqPlan, written: WrittenGptq, tokens: Tokens) -> dict:
+CODE = ("formats", "sinks", "convert.py", "finite.py", "gptq_model.py", "groups.py", "lora.py",
+        "model_folder.py", "tensors.py")  # fmt: skip
+"""What makes bytes of a plan, besides what runs the model."""
+
+
+def _facts(plan: GptqPlan, written: WrittenFolder, tokens: Tokens) -> dict:
     """What the manifest says about the choice and its outcome."""
     facts = {
         "type": plan.name,

@@ -6,7 +6,6 @@ memory at a time; of the result, one linear.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,9 +19,8 @@ from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.errors import BadInput
 from quant.groups import Group
-from quant.model_folder import STORED, Source
+from quant.model_folder import STORED, FolderRun, Source, ticking
 from quant.sinks.safetensors import ShardedSink
-from quant.sinks.written import WrittenFile
 from quant.tensors import TensorReader
 
 
@@ -45,45 +43,53 @@ Encode = Callable[[str, torch.Tensor, torch.Tensor], tuple[Mapping[str, np.ndarr
 May raise NotFinite."""
 
 
-def write_with_feedback(
-    plan: FeedbackPlan,
-    encode: Encode,
-    tokens: Tokens,
-    folder: Path,
-    device: str,
-    progress: Callable[[int], None],
-) -> tuple[list[WrittenFile], dict[str, float]]:
-    """The weight files, and the damping that each linear's H needed.
-
-    Calls progress(1) after each layer. Raises BadInput for weights or inputs that are not finite.
-    """
+def planned_tensors(plan: FeedbackPlan) -> list[tuple[str, str, tuple[int, ...]]]:
+    """All tensors in the order in which they are written: (name, safetensors' dtype, shape)."""
     tensors, stored = plan.checkpoint.tensors, STORED[plan.dtype]
     planned = [(name, stored, tensors[name].shape) for name in plan.stays]
     for group in plan.quantized_groups:
         for module in group.modules:
             planned += plan.parts(module)
-    sink, damps = ShardedSink(folder, planned), {}
+    return planned
+
+
+def write_with_feedback(
+    plan: FeedbackPlan,
+    run: FolderRun,
+    sink: ShardedSink,
+    there: list[dict],
+    encode: Encode,
+    tokens: Tokens,
+    device: str,
+    progress: Callable[[int], None],
+) -> dict[str, float]:
+    """Write all weights behind those of `there`; the damping that each linear's H needed.
+
+    Calls progress(1) after each layer. Raises BadInput for weights or inputs that are not finite.
+    """
+    tensors, tick = plan.checkpoint.tensors, run.journal.tick
+    damps = {name: damp for unit in there for name, damp in unit.get("damp", {}).items()}
 
     def quantize(module: str, W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
         try:
             parts, rounded = encode(module, W, H)
         except NotFinite as error:
             raise _not_finite(module, error) from None
-        for name, _, _ in plan.parts(module):
-            sink.write(name, parts[name])
         damps[module] = rounded.damp
+        in_order = {name: parts[name] for name, _, _ in plan.parts(module)}
+        run.write(sink, in_order, may_stop=False, damp={module: rounded.damp})
+        tick()
         return rounded.W_hat
 
-    try:
-        with TensorReader() as reader:
-            for name in plan.stays:
-                sink.write(name, Source(tensors[name], reader, plan.dtype).blocks())
-        if plan.quantized_groups:
-            model = StreamedModel(plan.checkpoint, device=device)
-            quantize_streamed(model, plan.quantized_groups, tokens.ids, quantize, progress)
-        return sink.finish(), damps
-    finally:
-        sink.discard()
+    with TensorReader() as reader:
+        for name in plan.stays[len(there) :]:
+            blocks = Source(tensors[name], reader, plan.dtype).blocks()
+            run.write(sink, {name: ticking(blocks, tick)})
+    if plan.quantized_groups:
+        model = StreamedModel(plan.checkpoint, device=device)
+        groups = plan.quantized_groups
+        quantize_streamed(model, groups, tokens.ids, quantize, progress, run.passes)
+    return damps
 
 
 def check_tokens(plan: FeedbackPlan, tokens: Tokens) -> None:

@@ -13,11 +13,15 @@ LINE_SECONDS = 15.0
 
 
 class Progress:
-    """Steps done and time left. Use as a context manager; `advance` from one thread."""
+    """Steps done and time left. Use as a context manager; `advance` from one thread.
+
+    What an interrupted run had done comes first, in one call, which is not one step: the time left
+    is reckoned from what was done after it.
+    """
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done = label, total, 0
-        self._start = time.monotonic()
+        self._start, self._done_before, self._began = time.monotonic(), 0, False
         self._next = self._start + QUIET_SECONDS
         self._tty = sys.stderr.isatty()
         self._shown = False
@@ -32,6 +36,9 @@ class Progress:
     def advance(self, n: int = 1) -> None:
         self.done += n
         now = time.monotonic()
+        if not self._began and n != 1:
+            self._start, self._done_before = now, n
+        self._began = True
         if now >= self._next:
             self._show(now)
             self._next = now + (0.2 if self._tty else LINE_SECONDS)
@@ -43,9 +50,9 @@ class Progress:
 
     def _show(self, now: float) -> None:
         self._shown = True
-        rate = self.done / (now - self._start)
-        left = (self.total - self.done) / rate if rate else 0
-        line = f"{self.label}: {self._amount(rate)}, {_duration(left)} left"
+        rate = (self.done - self._done_before) / max(now - self._start, 1e-9)
+        left = f", {_duration((self.total - self.done) / rate)} left" if rate else ""
+        line = f"{self.label}: {self._amount(rate)}{left}"
         click.echo(f"\r\x1b[K{line}" if self._tty else line, nl=not self._tty, err=True)
 
     def _amount(self, rate: float) -> str:

@@ -181,7 +181,7 @@ def _file_names(n_files: int) -> list[str]:
 def _index(files: list[WrittenFile]) -> bytes:
     """Which tensor is in which file, in transformers' spelling."""
     tensors = [(tensor.entry, file.path.name) for file in files for tensor in file.tensors]
-    total = sum(_nbytes(entry) for entry, _ in tensors)
+    total = sum(entry_nbytes(entry) for entry, _ in tensors)
     content = {
         "metadata": {"total_size": total},
         "weight_map": {entry.name: file_name for entry, file_name in tensors},
@@ -219,7 +219,7 @@ class _Shard:
             if self.path.exists():  # it was ended while the files were given their names
                 os.replace(self.path, temporary_path(self.path))
             self.file = PendingFile(self.path, taken_up=True)
-        offset, nbytes = self._data_start + tensor.entry.offset, _nbytes(tensor.entry)
+        offset, nbytes = self._data_start + tensor.entry.offset, entry_nbytes(tensor.entry)
         if is_certain and offset + nbytes <= self.file.nbytes:
             return True
         return is_there(self.file, offset, nbytes, tensor.xxh3_128, tick)
@@ -227,7 +227,7 @@ class _Shard:
     def add(self, planned: _Planned, tensor: WrittenTensor) -> WrittenTensor:
         """The tensor is in the file."""
         if planned.may_be_shorter:
-            self._end += _nbytes(tensor.entry)
+            self._end += entry_nbytes(tensor.entry)
         self._written.append(tensor)
         return tensor
 
@@ -267,14 +267,15 @@ class _Shard:
         return WrittenFile(self.path, nbytes, sha256, written.tensors)
 
 
-def _nbytes(entry: TensorEntry) -> int:
+def entry_nbytes(entry: TensorEntry) -> int:
+    """What a tensor takes in its file."""
     return _Planned(entry.name, entry.type, entry.shape).nbytes
 
 
 def _header(metadata: dict[str, str], entries: list[TensorEntry]) -> bytes:
     content = {"__metadata__": metadata}
     for entry in entries:
-        end = entry.offset + _nbytes(entry)
+        end = entry.offset + entry_nbytes(entry)
         content[entry.name] = {
             "dtype": entry.type,
             "shape": list(entry.shape),
