@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quant.calibration.bnb_weights import Bnb4bitWeights
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.tokens import Tokens
 from quant.calibration.weights import ChangedWeights, CheckpointWeights
 from quant.check_weights import Candidate, check_weights
@@ -23,6 +24,7 @@ def check_4bit(
     tokens: Tokens,
     device: str,
     progress: Callable[[int], None] = lambda n: None,
+    passes: Passes = UNKEPT,
 ) -> tuple[Result, ...]:
     """The source, plain 4-bit and what was written: perplexity, KL divergence, top-1 agreement.
 
@@ -41,7 +43,7 @@ def check_4bit(
             Candidate(f"plain {plan.format.quant_type.upper()}", plain.nbytes, weights),
             Candidate(_name(plan), plan.nbytes, Bnb4bitWeights(folder)),
         ]
-        return check_weights(checkpoint, candidates, tokens, device, progress)
+        return check_weights(checkpoint, candidates, tokens, device, progress, passes)
 
 
 def _name(plan: Plan4bit) -> str:

@@ -291,6 +291,11 @@ def journal_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.journal")
 
 
+def states_folder(path: Path) -> Path:
+    """Where states are kept that `path` is computed from, see quant.calibration.passes."""
+    return path.with_name(f".{path.name}.states")
+
+
 def open_alone(place: Path, path: Path) -> int:
     """Open or make the file `place`, and lock it while `path` is being written.
 
@@ -368,9 +373,9 @@ def undisturbed() -> Iterator[None]:
 
 def own_leftovers(path: Path) -> int:
     """Bytes that an unfinished run on this output left under hidden names; they are reused."""
-    temporary = temporary_path(path)
+    temporary, states = temporary_path(path), states_folder(path)
     nbytes = 0
-    for place in (journal_path(path), temporary, *temporary.rglob("*")):
+    for place in (journal_path(path), temporary, *temporary.rglob("*"), *states.rglob("*")):
         with contextlib.suppress(OSError):
             nbytes += place.lstat().st_blocks * 512
     return nbytes

@@ -244,10 +244,21 @@ class Journal:
         self._held.append(data)
         return data
 
-    def append(self, unit: object, nbytes: int = 0) -> None:
+    @property
+    def keeps_work(self) -> bool:
+        """Whether anything is noted for another run: not so with mode "never"."""
+        return self._resume.mode != "never"
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the next append raises Stopped: what that unit needs must be written then."""
+        return self._resume.stop.made
+
+    def append(self, unit: object, nbytes: int = 0, may_stop: bool = True) -> None:
         """A unit is finished: as JSON, with all that the next run needs to know of it.
 
-        nbytes: of its data in what is held. Raises OutputFailed, and Stopped if the user wants it.
+        nbytes: of its data in what is held. may_stop: not so between units that are of no use
+        without one another. Raises OutputFailed, and Stopped if the user wants it.
         """
         with translated_errors(self.output):
             if self._resume.mode != "never":
@@ -256,7 +267,7 @@ class Journal:
                 self._n_done += 1
                 self._nbytes_unflushed += nbytes
                 self._flush_now_and_then()
-        if self._resume.stop.made:
+        if may_stop and self._resume.stop.made:
             raise Stopped("Stopped.")
 
     def tick(self) -> None:
@@ -274,6 +285,16 @@ class Journal:
         self.completed = facts
 
     # --- flushing -----------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Wait until all units so far are on the disk with their data. Raises OutputFailed."""
+        with translated_errors(self.output):
+            if self._flushing is not None:
+                self._note_flushed()
+            self._flush(tuple(self._held), self._folder_flushed)
+            self._folder_flushed = True
+            self._nbytes_unflushed, self._last_flush = 0, time.monotonic()
+            self._note_on_disk(self._n_done)
 
     def _flush_now_and_then(self) -> None:
         """Begin to flush what there is, if it is time; note what was flushed meanwhile."""

@@ -12,6 +12,7 @@ import torch
 
 from quant.algorithms.gptq import gptq
 from quant.calibration.gptq_weights import GptqWeights
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.tokens import Tokens
 from quant.calibration.weights import ChangedWeights, CheckpointWeights
 from quant.check_weights import Candidate, check_weights
@@ -198,6 +199,7 @@ def check_gptq(
     tokens: Tokens,
     device: str,
     progress: Callable[[int], None] = lambda n: None,
+    passes: Passes = UNKEPT,
 ) -> tuple[Result, ...]:
     """The source, plain rounding of all linears and what was written, read back from `folder`.
 
@@ -213,4 +215,4 @@ def check_gptq(
         Candidate(f"plain {plan.format.bits}-bit rounding", nbytes, plain),
         Candidate(plan.name, plan.nbytes, copied or GptqWeights(folder)),
     ]
-    return check_weights(plan.checkpoint, candidates, tokens, device, progress)
+    return check_weights(plan.checkpoint, candidates, tokens, device, progress, passes)

@@ -16,8 +16,12 @@ import torch
 
 from quant.algorithms.gptq import Hessian
 from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedLayer, StreamedModel
 from quant.groups import Group
+
+PASS = "quantize"
+"""Its name among the passes of an output."""
 
 Quantize = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """(full dotted name of a linear, its weight W, H of its inputs) -> W_hat, shaped like W."""
@@ -29,13 +33,19 @@ def quantize_streamed(
     tokens: np.ndarray,
     quantize: Quantize,
     progress: Callable[[int], None] = lambda n: None,
+    passes: Passes = UNKEPT,
 ) -> HiddenStates:
     """Call `quantize` for every linear of `groups`, in their order; the last layer's output.
 
-    tokens (n_sequences, seq_len). Calls progress(1) after each layer.
+    tokens (n_sequences, seq_len). Calls progress(1) after each layer. passes: what was quantized
+    in layers that an earlier run finished is the caller's; it is not asked for again.
     """
+    walk = passes.begin(PASS, model.n_layers)
     hidden = model.embed(tokens)
-    for layer in model.layers(tokens.shape[1]):
+    walk.restore("hidden", hidden.tensor)
+    if walk.n_done:
+        progress(walk.n_done)
+    for layer in model.layers(tokens.shape[1], n_done=walk.n_done):
         for group in (g for g in groups if g.layer == layer.index):
             H = _hessian(layer, group, hidden)
             for name in group.modules:
@@ -43,8 +53,14 @@ def quantize_streamed(
                 W_hat = quantize(name, linear.weight.data, H)
                 linear.weight.data = W_hat.to(linear.weight.data)
         layer.run(hidden, hidden)
+        walk.done({}, {"hidden": hidden.tensor})
         progress(1)
     return hidden
+
+
+def saved_nbytes(hidden: int) -> int:
+    """Of the states that are kept for another run; hidden: bytes between two layers."""
+    return 2 * hidden
 
 
 class _Enough(Exception):

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from quant.display import human_bytes, printable
-from quant.durable import translated_errors
+from quant.durable import PendingFile, translated_errors
 from quant.errors import OutputFailed
 from quant.preflight import available_memory
 
@@ -20,6 +20,11 @@ activations and the system need the rest."""
 
 _held: dict[int, int] = {}
 """id -> bytes of the hidden states that are in memory now."""
+
+
+def hidden_nbytes(config: dict, n_tokens: int, device: str) -> int:
+    """Of the hidden states between two layers of the model with this config.json."""
+    return n_tokens * config["hidden_size"] * (4 if device == "cpu" else 2)
 
 
 class States(Protocol):
@@ -65,7 +70,7 @@ class HiddenStates:
 
 
 class StatesFile:
-    """Hidden states of one shape behind one another in a temporary file, for a way back.
+    """Hidden states of one shape behind one another in a file, for a way back.
 
     A backward pass needs the input of every layer again: 11 GB for 8192 tokens of QwQ-32B. Each is
     written once and read once. They are not mapped: the pages of a map are the process's memory,
@@ -73,17 +78,34 @@ class StatesFile:
     Raises OutputFailed if the disk has no room for all.
     """
 
-    def __init__(self, n: int, like: HiddenStates, folder: Path | None = None):
+    def __init__(
+        self,
+        n: int,
+        like: HiddenStates,
+        folder: Path | None = None,
+        kept: PendingFile | None = None,
+    ):
+        """kept: the file, if a later run may go on with it; else a temporary one in `folder`."""
         self.shape, self.dtype = tuple(like.tensor.shape), like.tensor.dtype
         self.nbytes = like.tensor.nbytes
-        self._file = _temporary_file(n * self.nbytes, folder)
+        self.kept = kept
+        if kept is None:
+            self._file = _temporary_file(n * self.nbytes, folder)
+            self._descriptor = self._file.fileno()
+        else:
+            self._descriptor = kept.descriptor
+            less = "Give fewer --tokens, choose another folder with -o, or give --resume never."
+            _allocate(self._descriptor, n * self.nbytes, kept.path.parent, less)
 
     def write(self, i: int, states: HiddenStates) -> None:
         """Make them the i-th."""
-        view, at = _bytes_of(states.tensor), i * self.nbytes
+        view, at = bytes_of(states.tensor), i * self.nbytes
+        if self.kept is not None:
+            self.kept.write_at(at, view)
+            return
         with translated_errors(Path(tempfile.gettempdir()) / "hidden states"):
             while view:  # the system takes 2 GB at a time
-                n = os.pwrite(self._file.fileno(), view, at)
+                n = os.pwrite(self._descriptor, view, at)
                 view, at = view[n:], at + n
 
     def __getitem__(self, i: int) -> "StoredStates":
@@ -93,9 +115,9 @@ class StatesFile:
         """Sequences `part` of the i-th."""
         first, last, _ = part.indices(self.shape[0])
         found = torch.empty((last - first, *self.shape[1:]), dtype=self.dtype)
-        view, at = _bytes_of(found), i * self.nbytes + first * self.nbytes // self.shape[0]
+        view, at = bytes_of(found), i * self.nbytes + first * self.nbytes // self.shape[0]
         while view:
-            n = os.preadv(self._file.fileno(), [view], at)
+            n = os.preadv(self._descriptor, [view], at)
             if not n:
                 raise EOFError("hidden states are read that were not written")
             view, at = view[n:], at + n
@@ -113,28 +135,38 @@ class StoredStates:
         return self._file.read(self._i, part)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _temporary_file(nbytes: int, folder: Path | None):
-    """An open file without a name, which goes when it is closed, or when we die.
-
-    Its blocks are on the disk: without them a full disk would be seen only hours later, and by a
-    store to a map not even as an error.
-    """
+    """An open file without a name, which goes when it is closed, or when we die."""
     folder = Path(folder or tempfile.gettempdir())
     with translated_errors(folder / "hidden states"):
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed with its owner
         try:
-            if allocate := getattr(os, "posix_fallocate", None):  # macOS has none
-                allocate(file.fileno(), 0, nbytes)
-        except OSError as error:
+            less = "Set TMPDIR to a folder on a larger disk, or give fewer --tokens."
+            _allocate(file.fileno(), nbytes, folder, less)
+        except OutputFailed:
             file.close()
-            raise OutputFailed(
-                f"The hidden states of the calibration text need {human_bytes(nbytes)} in "
-                f"{printable(folder)} for a while, and there is no room for them.",
-                f"The system says: {error.strerror}.",
-                "Set TMPDIR to a folder on a larger disk, or give fewer --tokens.",
-            ) from error
+            raise
     return file
+
+
+def _allocate(descriptor: int, nbytes: int, folder: Path, advice: str) -> None:
+    """Blocks on the disk for the whole file. Raises OutputFailed if there is no room.
+
+    Without them a full disk would be seen only hours later, and by a store to a map not even as an
+    error.
+    """
+    try:
+        if allocate := getattr(os, "posix_fallocate", None):  # macOS has none
+            allocate(descriptor, 0, nbytes)
+    except OSError as error:
+        raise OutputFailed(
+            f"The hidden states of the calibration text need {human_bytes(nbytes)} in "
+            f"{printable(folder)} for a while, and there is no room for them.",
+            f"The system says: {error.strerror}.",
+            advice,
+        ) from error

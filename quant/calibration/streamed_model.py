@@ -163,10 +163,15 @@ class StreamedModel:
             hidden.tensor[i] = rows[torch.from_numpy(sequence)]
         return hidden
 
-    def layers(self, seq_len: int, backwards: bool = False) -> Iterator[StreamedLayer]:
-        """Each decoder layer with its weights, freed when the next one is asked for."""
+    def layers(
+        self, seq_len: int, backwards: bool = False, n_done: int = 0
+    ) -> Iterator[StreamedLayer]:
+        """Each decoder layer with its weights, freed when the next one is asked for.
+
+        n_done: so many, the first in that order, are left out and not loaded.
+        """
         order = range(self.n_layers)
-        for i in reversed(order) if backwards else order:
+        for i in (order[::-1] if backwards else order)[n_done:]:
             yield self._load(i, seq_len)
             self._layers[i].to("meta")
             give_back_memory()

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from quant.calibration.hidden_states import HiddenStates, StatesFile
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedLayer, StreamedModel, give_back_memory
 from quant.groups import Group
 from quant.measuring.local_errors import Rounding, difference, rounded
@@ -34,37 +35,66 @@ def measure_gradient(
     tokens: np.ndarray,
     rounding: Rounding,
     progress: Callable[[int], None],
+    passes: Passes = UNKEPT,
+    name: str = "gradient",
 ) -> dict[str, float]:
     """Group name -> predicted KL divergence, nats a token.
 
-    Calls progress(1) after each layer, forwards and backwards.
+    Calls progress(1) after each layer, forwards and backwards. name: of the way back, among the
+    passes of an output; its first step is the head.
     """
-    hidden, inputs = _forwards(model, tokens, progress)
-    gradient = _gradient_at_head(model, hidden)
-    sums: dict[str, float] = {}
-    for layer in model.layers(tokens.shape[1], backwards=True):
+    back = passes.begin(name, 1 + model.n_layers)
+    if not back.finished:
+        hidden, inputs = _forwards(model, tokens, progress, passes, name)
+        if back.n_done == 0:
+            gradient = _gradient_at_head(model, hidden)
+            back.done({"gradient": gradient.tensor}, facts={})
+        else:
+            gradient = hidden
+            back.restore("gradient", gradient.tensor)
+    if back.n_done > 1:
+        progress(back.n_done - 1)
+    seq_len = tokens.shape[1]
+    for layer in model.layers(seq_len, backwards=True, n_done=back.n_done - 1):
         of_layer = [group for group in groups if group.layer == layer.index]
         w_hat = rounded(layer, of_layer, rounding)
-        source = inputs[layer.index]
+        source, sums = inputs[layer.index], {}
         for part, x in layer.micro_batches(source, share=2):  # the graph takes as much again
             upstream = gradient.tensor[part].to(x.device)
             downstream = _backwards(layer, of_layer, w_hat, x, upstream, sums)
             gradient.tensor[part] = downstream.cpu()
             give_back_memory()
         del w_hat  # before the next layer is loaded
+        back.done({"gradient": gradient.tensor}, facts=sums)
         progress(1)
-    return {name: 0.5 * total / tokens.size for name, total in sums.items()}
+    sums = {group: total for of_layer in back.facts for group, total in of_layer.items()}
+    return {group: 0.5 * total / tokens.size for group, total in sums.items()}
+
+
+def saved_nbytes(hidden: int, n_layers: int) -> int:
+    """Of the states that are kept for another run; hidden: bytes between two layers."""
+    return (1 + n_layers + 2) * hidden
 
 
 def _forwards(
-    model: StreamedModel, tokens: np.ndarray, progress: Callable[[int], None]
+    model: StreamedModel,
+    tokens: np.ndarray,
+    progress: Callable[[int], None],
+    passes: Passes,
+    name: str,
 ) -> tuple[HiddenStates, StatesFile]:
-    """What the head is given, and what every layer was."""
+    """What the head is given; and that, entry 0 and so on, which every layer is given."""
     hidden = model.embed(tokens)
-    inputs = StatesFile(model.n_layers, hidden)
-    for layer in model.layers(tokens.shape[1]):
-        inputs.write(layer.index, hidden)
+    inputs = StatesFile(1 + model.n_layers, hidden, kept=passes.file(f"{name} inputs"))
+    there = passes.begin(f"{name} inputs", model.n_layers, until=name, into=inputs)
+    inputs.write(0, hidden)
+    there.restore("hidden", hidden.tensor)
+    if there.n_done:
+        progress(there.n_done)
+    for layer in model.layers(tokens.shape[1], n_done=there.n_done):
         layer.run(hidden, hidden)
+        inputs.write(layer.index + 1, hidden)
+        there.done({"hidden": hidden.tensor})
         progress(1)
     return hidden, inputs
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.gptq_model import METRIC, GptqPlan
 from quant.gptq_rounding import plainly_rounded
@@ -22,6 +23,7 @@ def measure_levels(
     model: StreamedModel,
     tokens: np.ndarray,
     progress: Callable[[int], None] = lambda n: None,
+    passes: Passes = UNKEPT,
 ) -> dict[str, tuple[float, ...]]:
     """Group -> predicted KL divergence, nats a token, for each of the plan's ladder.
 
@@ -35,7 +37,9 @@ def measure_levels(
         def rounding(w: torch.Tensor, format=format) -> torch.Tensor:
             return plainly_rounded(format, w)
 
-        damage = measure_gradient(model, list(plan.groups), tokens, rounding, progress)
+        damage = measure_gradient(
+            model, list(plan.groups), tokens, rounding, progress, passes, f"{bits} bits"
+        )
         require_finite({METRIC: damage}, plan.checkpoint)
         found.append(damage)
     return {g.name: (*(damage[g.name] for damage in found), 0.0) for g in plan.groups}
