@@ -160,6 +160,35 @@ class Sensitivity:
             },
         }
 
+    @classmethod
+    def from_json(cls, content: dict) -> "Sensitivity":
+        """What `to_json` gave away.
+
+        Raises ValueError, or OverflowError for a whole number that no float holds.
+        """
+        version = content.get("format")
+        if type(version) is int and version > FORMAT:
+            raise ValueError(f"it is of format {version}; this version of qwq-quant knows {FORMAT}")
+        if type(version) is not int or version != FORMAT:
+            raise ValueError(f'it does not say "format": {FORMAT}')
+        expected = (*PROVENANCE, "versions", "modules", "groups")
+        parts = {name: _typed(content.get(name), dict, name) for name in expected}
+        groups, metrics = {}, {}
+        for name, value in parts["groups"].items():
+            entry = dict(_typed(value, dict, name))
+            modules = tuple(_typed(entry.pop("modules", None), list, f"{name}, modules"))
+            groups[name] = Group(name, entry.pop("kind", None), entry.pop("layer", None), modules)
+            for metric, number in _numbers(name, entry).items():
+                metrics.setdefault(metric, {})[name] = number
+        return cls(
+            **{part: parts[part] for part in (*PROVENANCE, "versions")},
+            modules={name: _module(name, value) for name, value in parts["modules"].items()},
+            groups=groups,
+            metrics={
+                metric: metrics[metric] for metric in (*METRICS, *metrics) if metric in metrics
+            },
+        )
+
     def to_csv(self) -> str:
         """The same numbers as a table: a row for each group, then one for each module."""
         text = io.StringIO()
@@ -287,7 +316,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
     except BadInput as error:
         raise BadInput(error.what, error.why, MEASURE_AGAIN) from None
     try:
-        return _from_json(content)
+        return Sensitivity.from_json(content)
     except (ValueError, OverflowError) as error:
         raise _unusable(path, str(error)) from None
 
@@ -297,30 +326,6 @@ def _unusable(path: Path, why: str) -> BadInput:
         f"{printable(path)} is no usable file of sensitivities.",
         f"The reason: {why}.",
         MEASURE_AGAIN,
-    )
-
-
-def _from_json(content: dict) -> Sensitivity:
-    """Raises ValueError, or OverflowError for a whole number that no float holds."""
-    version = content.get("format")
-    if type(version) is int and version > FORMAT:
-        raise ValueError(f"it is of format {version}; this version of qwq-quant knows {FORMAT}")
-    if type(version) is not int or version != FORMAT:
-        raise ValueError(f'it does not say "format": {FORMAT}')
-    expected = (*PROVENANCE, "versions", "modules", "groups")
-    parts = {name: _typed(content.get(name), dict, name) for name in expected}
-    groups, metrics = {}, {}
-    for name, value in parts["groups"].items():
-        entry = dict(_typed(value, dict, name))
-        modules = tuple(_typed(entry.pop("modules", None), list, f"{name}, modules"))
-        groups[name] = Group(name, entry.pop("kind", None), entry.pop("layer", None), modules)
-        for metric, number in _numbers(name, entry).items():
-            metrics.setdefault(metric, {})[name] = number
-    return Sensitivity(
-        **{part: parts[part] for part in (*PROVENANCE, "versions")},
-        modules={name: _module(name, value) for name, value in parts["modules"].items()},
-        groups=groups,
-        metrics={metric: metrics[metric] for metric in (*METRICS, *metrics) if metric in metrics},
     )
 
 

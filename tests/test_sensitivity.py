@@ -161,9 +161,7 @@ def test_csv_holds_no_formulas(tiny):
 
 
 def sensitivity_from(content) -> Sensitivity:
-    from quant.sensitivity import _from_json
-
-    return _from_json(content)
+    return Sensitivity.from_json(content)
 
 
 # --- hostile and damaged files ----------------------------------------------------------------

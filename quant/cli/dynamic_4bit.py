@@ -65,13 +65,14 @@ FOR_THE_FIGURES = {"weight", "activation"}
 )
 @options.dry_run
 @options.force
+@options.resume
 @options.output_format
 @options.model_options
 @options.debug
 def command(
     model, output, budget, target_bpw, metric, sensitivity, quant_type, double_quant,
     search_scales, gptq, calibration, n_tokens, seq_len, device, recipe, fix, base_model, check,
-    dry_run, force, output_format, **where,
+    dry_run, force, resume, output_format, **where,
 ):  # fmt: skip
     """Write MODEL in 4 bits (bitsandbytes), its sensitive layers in 16.
 
@@ -88,15 +89,15 @@ def command(
       qwq-quant dynamic-4bit examples/tiny-qwq -o small --target-bpw 4.8 --dry-run
     """
     from quant.architectures import find_architecture
-    from quant.cli.measuring import prepared_check, run_measurement
+    from quant.cli.calibrating import held_out_tokens
+    from quant.cli.measuring import check_of
     from quant.cli.plan_4bit import print_plan, print_written
     from quant.cli.plan_table import print_note
+    from quant.cli.resuming import resuming
     from quant.dynamic_4bit import plan_4bit, plan_plain
-    from quant.errors import UsageError
     from quant.formats.nf4 import Bnb4bit
-    from quant.sensitivity import read_sensitivity
     from quant.source import open_checkpoint
-    from quant.write_4bit import check_output, write_4bit
+    from quant.write_4bit import fill_4bit, run_4bit
 
     budget = _budget(budget, target_bpw)
     gptq = gptq and budget.unit != "all"  # a 16-bit copy has no errors
@@ -104,55 +105,95 @@ def command(
     checkpoint = mended.source
     started = time.monotonic()
     format = Bnb4bit(quant_type, double_quant, search_scales=search_scales)
-    plain, measured, run_check = plan_plain(checkpoint, format, budget), None, None
-    if not dry_run:
-        check_output(plain, output, force)
-        if check:
-            run_check = prepared_check(checkpoint, device)
-    feedback = _feedback(plain, calibration, n_tokens, seq_len, device) if gptq else {}
-    if sensitivity is not None:
-        if calibration is not None and not gptq:
-            raise UsageError(
-                "--calibration would not be used: --sensitivity says what was measured.",
-                "",
-                "Leave one of them out.",
-            )
-        measured = read_sensitivity(sensitivity)
-    elif budget.needs_choice:
+
+    def planned(measured=None):
+        plan = plan_4bit(checkpoint, format, budget, measured, metric)
+        return replace(plan, notes=(*mended.notes, *plan.notes), feedback=gptq)
+
+    plain = replace(plan_plain(checkpoint, format, budget), feedback=gptq)
+    must_measure = budget.needs_choice and sensitivity is None
+    plan = plain if must_measure else planned(_read(sensitivity, calibration, gptq))
+    tokens = _tokens(plain, must_measure, calibration, n_tokens, seq_len)
+    held_out = held_out_tokens(checkpoint) if check and not dry_run else None
+    if tokens is not None or held_out is not None:
+        from quant.calibration.device import choose_device
+
+        device = choose_device(device)
+
+    def measured(*passes):
+        from quant.cli.measuring import run_measurement
+
         metrics = {metric, *FOR_THE_FIGURES}
-        measured = run_measurement(
-            checkpoint, format, metrics, calibration, n_tokens, seq_len, device
-        )
-    plan = plan_4bit(checkpoint, format, budget, measured, metric)
-    plan = replace(plan, notes=(*mended.notes, *plan.notes), feedback=gptq)
+        return run_measurement(checkpoint, format, metrics, tokens, device, *passes)
+
     if dry_run:
-        print_plan(plan, output_format)
+        print_plan(planned(measured()) if must_measure else plan, output_format)
         return
-    for note in plan.notes:
-        print_note(note, err=True)
-    with _progress(plan) as bar:
-        written = write_4bit(
+    with (
+        resuming(resume, "step") as resume,
+        run_4bit(
             plan,
             output,
-            **feedback,
-            force=force,
-            base_model=base_model or (checkpoint.name if checkpoint.revision else None),
-            command=options.typed_command(),
-            progress=bar.advance,
-            check=run_check,
-        )
+            force,
+            options.typed_command(),
+            resume,
+            tokens=tokens,
+            device=device,
+            metric=metric if must_measure else None,
+            held_out=held_out,
+        ) as run,
+    ):
+        if must_measure:
+            from quant.sensitivity import Sensitivity
+
+            found = run.measure(lambda passes: measured(passes).to_json())
+            plan = planned(Sensitivity.from_json(found))
+        for note in plan.notes:
+            print_note(note, err=True)
+        with _progress(plan) as bar:
+            written = fill_4bit(
+                plan,
+                run,
+                tokens=tokens,
+                device=device,
+                base_model=base_model or (checkpoint.name if checkpoint.revision else None),
+                progress=bar.advance,
+                check=check_of(held_out, device, run.passes) if check else None,
+            )
     print_written(plan, written, time.monotonic() - started, output_format)
 
 
-def _feedback(plain, calibration: Path | None, n_tokens: int, seq_len: int, device: str) -> dict:
-    """What error feedback needs: tokens, and a device to run the model on."""
-    from quant.calibration.device import choose_device
+def _read(sensitivity: Path | None, calibration: Path | None, gptq: bool):
+    """What --sensitivity says; None without it. Raises UsageError beside --calibration."""
+    from quant.errors import UsageError
+    from quant.sensitivity import read_sensitivity
+
+    if sensitivity is None:
+        return None
+    if calibration is not None and not gptq:
+        raise UsageError(
+            "--calibration would not be used: --sensitivity says what was measured.",
+            "",
+            "Leave one of them out.",
+        )
+    return read_sensitivity(sensitivity)
+
+
+def _tokens(plain, must_measure: bool, calibration: Path | None, n_tokens: int, seq_len: int):
+    """What to measure and to feed errors back on; None if neither is to be done."""
+    if not (must_measure or plain.feedback):
+        return None
     from quant.cli.calibrating import calibration_tokens
-    from quant.write_with_feedback import check_tokens
+    from quant.cli.measuring import check_enough
 
     tokens = calibration_tokens(plain.checkpoint, calibration, n_tokens, seq_len)
-    check_tokens(plain, tokens)
-    return {"tokens": tokens, "device": choose_device(device)}
+    if must_measure:
+        check_enough(tokens)
+    if plain.feedback:
+        from quant.write_with_feedback import check_tokens
+
+        check_tokens(plain, tokens)
+    return tokens
 
 
 def _progress(plan):

@@ -84,12 +84,13 @@ class GroupSize(click.ParamType):
 )
 @options.dry_run
 @options.force
+@options.resume
 @options.output_format
 @options.model_options
 @options.debug
 def command(
     model, output, bits, group_size, symmetric, static_groups, damp, budget, calibration,
-    n_tokens, seq_len, device, base_model, check, dry_run, force, output_format, **where,
+    n_tokens, seq_len, device, base_model, check, dry_run, force, resume, output_format, **where,
 ):  # fmt: skip
     """Write MODEL as GPTQ integers, calibrated on a text.
 
@@ -108,73 +109,81 @@ def command(
     """
     from quant.architectures import find_architecture
     from quant.budget import NOTHING
-    from quant.cli.calibrating import calibration_tokens
+    from quant.calibration.device import choose_device
+    from quant.cli.calibrating import calibration_tokens, held_out_tokens
     from quant.cli.gptq_table import print_plan, print_written
+    from quant.cli.plan_table import print_note
+    from quant.cli.progress import Progress
+    from quant.cli.resuming import resuming
     from quant.formats.gptq import Gptq
-    from quant.gptq_model import plan_gptq
+    from quant.gptq_model import plan_gptq, spend_budget
     from quant.lora import merge_notes
     from quant.source import open_checkpoint
+    from quant.write_gptq import N_MODELS, check_gptq, fill_gptq, run_gptq
+    from quant.write_with_feedback import check_tokens
 
     checkpoint = open_checkpoint(model, check_config=find_architecture, **where)
     format = Gptq(int(bits), group_size, symmetric)
     plan = plan_gptq(checkpoint, format, damp, static_groups, budget or NOTHING)
     plan = replace(plan, notes=(*merge_notes(checkpoint.tensors), *plan.notes))
+    must_measure, few = plan.budget.needs_choice, None
+    if must_measure or not dry_run:
+        device = choose_device(device)
+    if must_measure:
+        few = calibration_tokens(checkpoint, calibration, min(n_tokens, MEASURED_TOKENS), seq_len)
     if dry_run:
-        if plan.budget.needs_choice:
-            plan = _spent(plan, calibration, n_tokens, seq_len, device)
+        if must_measure:
+            plan = spend_budget(plan, _measured(plan, few, device))
         print_plan(plan, output_format)
         return
-
-    from quant.calibration.device import choose_device
-    from quant.cli.calibrating import held_out_tokens
-    from quant.cli.plan_table import print_note
-    from quant.cli.progress import Progress
-    from quant.model_folder import check_room
-    from quant.write_gptq import N_MODELS, check_gptq, write_gptq
-    from quant.write_with_feedback import check_tokens
-
-    check_room(output, plan.nbytes, force)
-    device = choose_device(device)
     tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
     check_tokens(plan, tokens)
     held_out = held_out_tokens(checkpoint) if check else None
     started = time.monotonic()
-    if plan.budget.needs_choice:
-        plan = _spent(plan, calibration, n_tokens, seq_len, device)
-    for note in plan.notes:
-        print_note(note, err=True)
     n_layers = plan.groups[-1].layer + 1
-
-    def run_check(plan, folder):
-        with Progress("Checking, layers", N_MODELS * n_layers) as bar:
-            return check_gptq(plan, folder, held_out, device, bar.advance)
-
-    with Progress("Quantizing, layers", n_layers) as bar:
-        written = write_gptq(
+    with (
+        resuming(resume, "step") as resume,
+        run_gptq(
             plan,
             tokens,
             output,
+            force,
+            options.typed_command(),
+            resume,
             device=device,
-            force=force,
-            base_model=base_model or (checkpoint.name if checkpoint.revision else None),
-            command=options.typed_command(),
-            progress=bar.advance,
-            check=run_check if check else None,
-        )
+            measured=few,
+            held_out=held_out,
+        ) as run,
+    ):
+        if must_measure:
+            damage = run.measure(lambda passes: _measured(plan, few, device, passes))
+            plan = spend_budget(plan, {name: tuple(costs) for name, costs in damage.items()})
+        for note in plan.notes:
+            print_note(note, err=True)
+
+        def run_check(plan, folder):
+            with Progress("Checking, layers", N_MODELS * n_layers) as bar:
+                return check_gptq(plan, folder, held_out, device, bar.advance, run.passes)
+
+        with Progress("Quantizing, layers", n_layers) as bar:
+            written = fill_gptq(
+                plan,
+                tokens,
+                run,
+                device=device,
+                base_model=base_model or (checkpoint.name if checkpoint.revision else None),
+                progress=bar.advance,
+                check=run_check if check else None,
+            )
     print_written(plan, written, time.monotonic() - started, output_format)
 
 
-def _spent(plan, calibration: Path | None, n_tokens: int, seq_len: int, device: str):
-    """The plan with its budget spent on what is measured now."""
-    from quant.calibration.device import choose_device
+def _measured(plan, tokens, device: str, *passes):
+    """What each group would lose, by the bits that it may have."""
     from quant.calibration.streamed_model import StreamedModel
-    from quant.cli.calibrating import calibration_tokens
     from quant.cli.progress import Progress
-    from quant.gptq_model import spend_budget
     from quant.measuring.levels import measure_levels, n_steps
 
-    n_tokens = min(n_tokens, MEASURED_TOKENS)
-    tokens = calibration_tokens(plan.checkpoint, calibration, n_tokens, seq_len)
-    model = StreamedModel(plan.checkpoint, device=choose_device(device))
+    model = StreamedModel(plan.checkpoint, device=device)
     with Progress("Measuring, layers", n_steps(plan, model)) as bar:
-        return spend_budget(plan, measure_levels(plan, model, tokens.ids, bar.advance))
+        return measure_levels(plan, model, tokens.ids, bar.advance, *passes)

@@ -44,7 +44,8 @@ def command(
       qwq-quant plot sensitivity.json -o figures
     """
     from quant.architectures import find_architecture
-    from quant.cli.measuring import run_measurement
+    from quant.cli.calibrating import calibration_tokens
+    from quant.cli.measuring import check_enough, run_measurement
     from quant.cli.plan_table import print_note
     from quant.display import printable
     from quant.formats.nf4 import Bnb4bit
@@ -61,7 +62,11 @@ def command(
         print_note(note, err=True)
     started = time.monotonic()
     format = Bnb4bit(quant_type, double_quant, search_scales=search_scales)
-    measured = run_measurement(checkpoint, format, metrics, calibration, n_tokens, seq_len, device)
+    tokens = None
+    if set(metrics) - {"weight"}:
+        tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
+        check_enough(tokens)
+    measured = run_measurement(checkpoint, format, metrics, tokens, device)
     write_sensitivity(output, measured)
     click.echo(
         f"{printable(output)}  {len(measured.groups)} groups by {', '.join(measured.metrics)}, "

@@ -10,35 +10,24 @@ LEAST_TOKENS = 256
 """One sequence of the default length; fewer say nothing about a layer of a thousand inputs."""
 
 
-def run_measurement(
-    checkpoint,
-    format,
-    metrics: Collection[str],
-    calibration: Path | None,
-    n_tokens: int,
-    seq_len: int,
-    device: str,
-):
-    """A Sensitivity of `checkpoint`; `weight` is always among the metrics."""
+def run_measurement(checkpoint, format, metrics: Collection[str], tokens, device: str, passes=None):
+    """A Sensitivity of `checkpoint`; `weight`, which needs no tokens, is always a metric."""
     from quant.calibration.device import choose_device
     from quant.calibration.streamed_model import StreamedModel
-    from quant.cli.calibrating import calibration_tokens
     from quant.cli.progress import Progress
     from quant.dynamic_4bit import find_quantizable, output_dtype
     from quant.measuring.measure import measure, n_steps
 
     find_quantizable(checkpoint)
     metrics = frozenset(metrics)
-    tokens = None
-    if metrics - {"weight"}:
-        tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
-        _check_enough(tokens)
     model = StreamedModel(checkpoint, device=choose_device(device))
     with Progress("Measuring, layers", n_steps(model, tokens, metrics)) as bar:
-        return measure(model, tokens, format, output_dtype(checkpoint), metrics, bar.advance)
+        return measure(
+            model, tokens, format, output_dtype(checkpoint), metrics, bar.advance, *passes
+        )
 
 
-def _check_enough(tokens) -> None:
+def check_enough(tokens) -> None:
     """Raise BadInput where there are too few tokens for numbers that mean anything."""
     if tokens.n_tokens < LEAST_TOKENS:
         raise BadInput(
@@ -48,22 +37,14 @@ def _check_enough(tokens) -> None:
         )
 
 
-def prepared_check(checkpoint, device: str):
-    """A check of what will be written: (plan, folder) -> results on the built-in held-out text.
-
-    What can go wrong before that, goes wrong now.
-    """
-    from quant.calibration.device import choose_device
+def check_of(tokens, device: str, passes):
+    """A check of what was written, on held-out tokens: (plan, folder) -> results."""
     from quant.check_4bit import N_MODELS, check_4bit
-    from quant.cli.calibrating import held_out_tokens
     from quant.cli.progress import Progress
-
-    device = choose_device(device)
-    tokens = held_out_tokens(checkpoint)
 
     def run(plan, folder: Path):
         n_layers = max(group.layer for group in plan.groups) + 1
         with Progress("Checking, layers", N_MODELS * n_layers) as bar:
-            return check_4bit(plan, folder, tokens, device, bar.advance)
+            return check_4bit(plan, folder, tokens, device, bar.advance, passes)
 
     return run

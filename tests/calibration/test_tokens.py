@@ -6,8 +6,8 @@ import pytest
 
 from quant.calibration.tokens import context_length, cut_tokens
 from quant.checkpoint import Checkpoint
-from quant.cli.calibrating import CHECKED_TOKENS
-from quant.cli.measuring import prepared_check, run_measurement
+from quant.cli.calibrating import CHECKED_TOKENS, calibration_tokens, held_out_tokens
+from quant.cli.measuring import check_enough, run_measurement
 from quant.errors import BadInput
 from quant.formats.nf4 import Bnb4bit
 from quant.texts import built_in_texts, read_texts
@@ -33,10 +33,11 @@ def test_a_model_that_states_no_context_has_none(made_models, stated):
 @pytest.mark.parametrize(("n_tokens", "seq_len"), [(1, 255), (128, 128), (255, 64)])
 def test_too_few_tokens_to_measure_with(tiny_qwq, n_tokens, seq_len):
     checkpoint = Checkpoint.open(tiny_qwq)
+    tokens = calibration_tokens(checkpoint, None, n_tokens, seq_len)
     with pytest.raises(BadInput, match=r"gives only \d+ tokens") as caught:
-        run_measurement(checkpoint, Bnb4bit(), ["activation"], None, n_tokens, seq_len, "cpu")
+        check_enough(tokens)
     assert "At least 256" in caught.value.why
-    run_measurement(checkpoint, Bnb4bit(), ["weight"], None, n_tokens, seq_len, "cpu")
+    run_measurement(checkpoint, Bnb4bit(), ["weight"], None, "cpu")
 
 
 @pytest.mark.parametrize(("context", "seq_len"), [(512, 256), (100, 100)])
@@ -50,7 +51,7 @@ def test_the_check_sees_the_same_text_always(made_models, monkeypatch, context, 
         return cut_tokens(checkpoint, texts, n_tokens, seq_len)
 
     monkeypatch.setattr("quant.calibration.tokens.cut_tokens", stop)
-    prepared_check(checkpoint, "cpu")
+    held_out_tokens(checkpoint)
     assert seen == [("built-in held-out", CHECKED_TOKENS, seq_len)]
 
 
