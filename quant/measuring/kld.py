@@ -16,7 +16,8 @@ from functools import cache
 
 import numpy as np
 
-from quant.calibration.hidden_states import SHARE_OF_MEMORY, HiddenStates
+from quant.calibration.hidden_states import SHARE_OF_MEMORY
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.evaluation.streamed import compare_streamed
 from quant.groups import Group
@@ -25,6 +26,9 @@ from quant.preflight import available_memory
 
 MAX_STATES_NBYTES = 2 << 30
 """With a layer of QwQ-32B, its activations and the reference this stays below 8 GB."""
+
+REFERENCE = "reference"
+"""The name of its states; the others have their group's."""
 
 
 def n_sweeps(model: StreamedModel, groups: list[Group], tokens: np.ndarray) -> int:
@@ -46,13 +50,14 @@ def measure_kld(
     tokens: np.ndarray,
     rounding: Rounding,
     progress: Callable[[int], None],
+    passes: Passes = UNKEPT,
 ) -> dict[str, float]:
     """Group name -> mean KL divergence, nats a token. Calls progress(1) after each layer."""
     klds: dict[str, float] = {}
-    sweeps = n_sweeps(model, groups, tokens)
+    sweeps = passes.once("kld sweeps", lambda: n_sweeps(model, groups, tokens))
     for i in range(sweeps):
         part = groups[i * len(groups) // sweeps : (i + 1) * len(groups) // sweeps]
-        klds |= _sweep(model, part, tokens, rounding, progress)
+        klds |= _sweep(model, part, tokens, rounding, progress, passes, f"kld {i}")
     return klds
 
 
@@ -62,10 +67,21 @@ def _sweep(
     tokens: np.ndarray,
     rounding: Rounding,
     progress: Callable[[int], None],
+    passes: Passes,
+    name: str,
 ) -> dict[str, float]:
+    """The last step compares."""
+    walk = passes.begin(name, model.n_layers + 1)
+    if walk.n_done:
+        progress(min(walk.n_done, model.n_layers))
+    if walk.finished:
+        return walk.facts[-1]
     reference = model.embed(tokens)
-    states: dict[str, HiddenStates] = {}
-    for layer in model.layers(tokens.shape[1]):
+    walk.restore(REFERENCE, reference.tensor)
+    states = {group: reference.like() for group in walk.arrays if group != REFERENCE}
+    for group, state in states.items():
+        walk.restore(group, state.tensor)
+    for layer in model.layers(tokens.shape[1], n_done=walk.n_done):
         for state in states.values():
             layer.run(state, state)
         for group in (g for g in groups if g.layer == layer.index):
@@ -73,7 +89,18 @@ def _sweep(
             with layer.changed(rounded(layer, [group], rounding)):
                 layer.run(reference, states[group.name])
         layer.run(reference, reference)
+        found = {group: state.tensor for group, state in states.items()}
+        walk.done({REFERENCE: reference.tensor, **found})
         progress(1)
     scores = compare_streamed(model, reference, list(states.values()), tokens)
     means = (max(0.0, float(s.kld.mean())) for s in scores)  # rounding may leave -1e-9
-    return dict(zip(states, means, strict=True))
+    walk.done({}, facts=dict(zip(states, means, strict=True)))
+    return walk.facts[-1]
+
+
+def saved_nbytes(hidden: int, n_together: int) -> int:
+    """Of the states that are kept for another run; hidden: bytes between two layers.
+
+    n_together: groups in a sweep.
+    """
+    return 2 * (1 + n_together) * hidden

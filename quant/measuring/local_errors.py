@@ -13,7 +13,7 @@ moments; it is summed at the outputs, which needs no n x n matrix (3 GB for QwQ-
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedLayer, StreamedModel, give_back_memory
 from quant.display import printable
 from quant.errors import BadInput
@@ -61,6 +62,16 @@ class LocalErrors:
     activation: dict[str, Ratio]
     block: dict[str, Ratio]
 
+    @classmethod
+    def of_layers(cls, found: list[dict]) -> "LocalErrors":
+        """Those of each layer, as dataclasses.asdict gives them away, put together."""
+        return cls(
+            *(
+                {name: Ratio(**each) for layer in found for name, each in layer[part].items()}
+                for part in ("weight", "activation", "block")
+            )
+        )
+
 
 def measure_local_errors(
     model: StreamedModel,
@@ -69,33 +80,39 @@ def measure_local_errors(
     rounding: Rounding,
     with_block: bool,
     progress: Callable[[int], None],
+    passes: Passes = UNKEPT,
 ) -> LocalErrors:
     """Sweep over the model once. with_block: also rerun each block once a group.
 
     tokens (n_sequences, seq_len); without any, only the weights are looked at.
     Calls progress(1) after each layer.
     """
-    errors = LocalErrors({}, {}, {})
-    if tokens is not None:
+    walk = passes.begin("local errors", model.n_layers)
+    state: dict[str, torch.Tensor] = {}
+    if tokens is not None and not walk.finished:
         hidden = model.embed(tokens)
+        walk.restore("hidden", hidden.tensor)
         after = hidden.like() if with_block else hidden
-    for layer in model.layers(1 if tokens is None else tokens.shape[1]):
+    if walk.n_done:
+        progress(walk.n_done)
+    for layer in model.layers(1 if tokens is None else tokens.shape[1], n_done=walk.n_done):
+        errors = LocalErrors({}, {}, {})
         of_layer = [group for group in groups if group.layer == layer.index]
         w_hat = rounded(layer, of_layer, rounding)
         _add_weight_errors(errors, layer, w_hat)
-        if tokens is None:
-            progress(1)
-            continue
-        with _adding_activation_errors(errors, layer, w_hat):
-            layer.run(hidden, after)
-        if with_block:
-            for group in of_layer:
-                chosen = {name: w_hat[name] for name in group.modules}
-                errors.block[group.name] = _block_error(layer, chosen, hidden, after)
+        if tokens is not None:
+            with _adding_activation_errors(errors, layer, w_hat):
+                layer.run(hidden, after)
+            if with_block:
+                for group in of_layer:
+                    chosen = {name: w_hat[name] for name in group.modules}
+                    errors.block[group.name] = _block_error(layer, chosen, hidden, after)
+            hidden, after = after, hidden
+            state = {"hidden": hidden.tensor}
         del w_hat  # before the next layer is loaded
-        hidden, after = after, hidden
+        walk.done(state, facts=asdict(errors))
         progress(1)
-    return errors
+    return LocalErrors.of_layers(walk.facts)
 
 
 def rounded(

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import torch
 
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
 from quant.checkpoint import Checkpoint
@@ -37,6 +38,14 @@ def n_steps(model: StreamedModel, tokens: Tokens | None, metrics: frozenset[str]
     return passes * model.n_layers
 
 
+def n_units(model: StreamedModel, tokens: Tokens | None, metrics: frozenset[str]) -> int:
+    """How many steps its passes have: heads and comparisons, too."""
+    n_more = "gradient" in metrics
+    if "kld" in metrics:
+        n_more += 1 + n_sweeps(model, find_groups(model.checkpoint.tensors.values()), tokens.ids)
+    return n_steps(model, tokens, metrics) + n_more
+
+
 def measure(
     model: StreamedModel,
     tokens: Tokens | None,
@@ -44,6 +53,7 @@ def measure(
     dtype: str,
     metrics: frozenset[str],
     progress: Callable[[int], None] = lambda n: None,
+    passes: Passes = UNKEPT,
 ) -> Sensitivity:
     """Every group of `model` by `metrics` (of METRICS), when it is stored in `format`.
 
@@ -55,11 +65,13 @@ def measure(
     ids = tokens.ids if metrics - {"weight"} else None
     with ThreadPoolExecutor(worker_count()) as pool:
         rounding = rounding_of(format, dtype, pool)
-        local = measure_local_errors(model, groups, ids, rounding, "block" in metrics, progress)
+        local = measure_local_errors(
+            model, groups, ids, rounding, "block" in metrics, progress, passes
+        )
         found = _of_groups(local, groups)
         for metric, run in (("gradient", measure_gradient), ("kld", measure_kld)):
             if metric in metrics:
-                found[metric] = run(model, groups, ids, rounding, progress)
+                found[metric] = run(model, groups, ids, rounding, progress, passes)
     require_finite(found, model.checkpoint)
     tensors = model.checkpoint.tensors
     return Sensitivity(
