@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from quant.architectures import EXPERT_PARTS, Architecture, find_architecture
+from quant.calibration.passes import UNKEPT, Pass, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
 
@@ -38,6 +39,21 @@ class Sums:
         self.squares[name][expert] += squares
         self.n_tokens[name][expert] += len(x)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, to be kept for another run."""
+        parts = {"squares": self.squares, "tokens": self.n_tokens}
+        return {f"{kind} {name}": a for kind, of in parts.items() for name, a in of.items()}
+
+    def restore(self, walk: Pass) -> None:
+        """What an earlier run kept."""
+        parts = {"squares": (self.squares, np.float64), "tokens": (self.n_tokens, np.int64)}
+        for key, shape in walk.arrays.items():
+            kind, _, name = key.partition(" ")
+            if kind in parts:
+                of, dtype = parts[kind]
+                of[name] = np.empty(shape, dtype)
+                walk.restore(key, of[name])
+
     def _place(self, linear: str) -> tuple[str | None, int, int]:
         """The weight's GGUF name (None: it is never quantized), matrix, and number of matrices."""
         _, _, layer, inner = linear.split(".", 3)  # model.layers.N.inner
@@ -51,7 +67,10 @@ class Sums:
 
 
 def measure_importance(
-    model: StreamedModel, tokens: Tokens, progress: Callable[[int], None] = lambda layer: None
+    model: StreamedModel,
+    tokens: Tokens,
+    progress: Callable[[int], None] = lambda layer: None,
+    passes: Passes = UNKEPT,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Sums of squares float32 (n_matrices, n_columns) and tokens (n_matrices,), by GGUF name.
 
@@ -61,10 +80,25 @@ def measure_importance(
     config = model.checkpoint.config
     n_experts = config.get("num_experts") or config.get("num_local_experts") or 1
     sums = Sums(find_architecture(config), n_experts)
+    walk = passes.begin("imatrix", model.n_layers)
+    sums.restore(walk)
     hidden = model.embed(tokens.ids)
-    for layer in model.layers(tokens.seq_len):
+    if not walk.finished:
+        walk.restore("hidden", hidden.tensor)
+    if walk.n_done:
+        progress(walk.n_done)
+    for layer in model.layers(tokens.seq_len, n_done=walk.n_done):
         with layer.watched(sums.add):
             layer.run(hidden, hidden)
+        walk.done({"hidden": hidden.tensor}, sums.arrays())
         progress(layer.index + 1)
     squares = {name: values.astype(np.float32) for name, values in sums.squares.items()}
     return squares, sums.n_tokens
+
+
+def saved_nbytes(hidden: int, n_inputs: int) -> int:
+    """Of the states that are kept for another run; hidden: bytes between two layers.
+
+    n_inputs: columns of all the weights that are watched.
+    """
+    return 2 * (hidden + 8 * n_inputs)

@@ -137,7 +137,7 @@ class Journal:
     ):
         """Lock and read it. Raises CannotCreate if another run writes `output`.
 
-        n_units: how many there will be, if that is known.
+        n_units: how many there will be; None if that is not known, of "steps".
 
         With mode "required": InputMissing if there is nothing to go on with, BadInput if it was
         another job's; nothing is changed then.
@@ -228,11 +228,6 @@ class Journal:
             self._resume.say(
                 f"An interrupted run on {shown} cannot be continued, so it starts over; {why}."
             )
-
-    def _count(self, n_units: int) -> str:
-        """ "8 of 15 tensors", or "8 steps"."""
-        total = "" if self._n_units is None else f"of {self._n_units} "
-        return f"{n_units} {total}{self._unit_name}"
 
     def _what_differs(self) -> str:
         found = differences(self.abandoned, self._fingerprint)
@@ -438,10 +433,10 @@ class Journal:
         return shlex.join(["qwq-quant", *(printable(word, 4096) for word in typed)])
 
     def _tell_what_is_kept(self, error: BaseException) -> None:
-        kept = (
-            f"{self._count(self._n_done)} are finished and kept in hidden "
-            f"files beside {printable(self.output)}."
-        )
+        done = f"Steps up to {self._n_done}"
+        if self._n_units is not None:
+            done = f"{self._n_done} of {self._n_units} {self._unit_name}"
+        kept = f"{done} are finished and kept in hidden files beside {printable(self.output)}."
         if self.completed is not None:
             kept = "All is written and verified, but not all has its name or is recorded."
         if isinstance(error, QwqQuantError):

@@ -273,7 +273,10 @@ def what_is_wrong(case: dict) -> list[str]:
     for name, digest in between.items():
         if not name.startswith(".") and digest not in (older.get(name), expected.get(name)):
             wrong.append(f"{name} is neither the older file nor the new one")
-    wrong += [f"{name} is gone" for name in older if name not in between]
+    for name, digest in older.items():
+        folder, _, rest = name.partition("/")  # an older folder is moved away before it is replaced
+        if name not in between and between.get(f".{folder}.older/{rest}") != digest:
+            wrong.append(f"{name} is gone")
     for error in (case["error"], case["second_error"] or ""):
         if "Traceback" in error or "Something went wrong inside" in error:
             wrong.append("a traceback")

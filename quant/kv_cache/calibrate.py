@@ -13,6 +13,7 @@ from qwq_kernels.kv_int8 import check_head_size
 from safetensors import SafetensorError, safe_open
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedLayer, StreamedModel
 from quant.calibration.tokens import Tokens
 from quant.display import printable
@@ -22,7 +23,10 @@ from quant.output_file import ELSEWHERE, check_output_file
 
 
 def measure_kv_scales(
-    model: StreamedModel, tokens: Tokens, progress: Callable[[int], None] = lambda layer: None
+    model: StreamedModel,
+    tokens: Tokens,
+    progress: Callable[[int], None] = lambda layer: None,
+    passes: Passes = UNKEPT,
 ) -> KvScales:
     """Centre and range of every channel of K, of the layers with full attention.
 
@@ -32,10 +36,21 @@ def measure_kv_scales(
     full = _full_layers(model.config)
     _check_possible(model.config, full)
     cache = RecordingCache(model.config)
+    walk = passes.begin("keys", model.n_layers)
+    for i, seen in enumerate(walk.facts):
+        if seen is not None:
+            cache.layers[i].restore(seen)
     hidden = model.embed(tokens.ids)
-    for layer in model.layers(tokens.seq_len):
-        with recorded(layer, cache) if layer.index in full else nullcontext():
+    if not walk.finished:
+        walk.restore("hidden", hidden.tensor)
+    if walk.n_done:
+        progress(walk.n_done)
+    for layer in model.layers(tokens.seq_len, n_done=walk.n_done):
+        is_full = layer.index in full
+        with recorded(layer, cache) if is_full else nullcontext():
             layer.run(hidden, hidden)
+        seen = cache.layers[layer.index].seen() if is_full else None
+        walk.done({"hidden": hidden.tensor}, facts=seen)
         progress(layer.index + 1)
     scales = cache.scales()
     _check_finite(scales)

@@ -84,6 +84,14 @@ class _Recorder(CacheLayerMixin):
     def reset(self) -> None:
         self.largest = self.smallest = None
 
+    def seen(self) -> list[list[list[float]]]:
+        """What was recorded, as JSON."""
+        return [self.largest.tolist(), self.smallest.tolist()]
+
+    def restore(self, seen: list[list[list[float]]]) -> None:
+        """What another one had seen."""
+        self.largest, self.smallest = (torch.tensor(each) for each in seen)
+
     def scales(self) -> ChannelScales:
         half = (self.largest - self.smallest) / 2  # (heads, head_size)
         top = half.amax(-1, keepdim=True)

@@ -16,7 +16,7 @@ from functools import cache
 
 import numpy as np
 
-from quant.calibration.hidden_states import SHARE_OF_MEMORY, HiddenStates
+from quant.calibration.hidden_states import SHARE_OF_MEMORY
 from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.evaluation.streamed import compare_streamed
