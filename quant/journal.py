@@ -218,9 +218,10 @@ class Journal:
     def _say_what_begins(self, n_units: int) -> None:
         shown = printable(self.output)
         if n_units:
-            self._resume.say(
-                f"Going on after {self._count(n_units)} of an interrupted run on {shown}."
-            )
+            done = f"step {n_units}"
+            if self._n_units is not None:
+                done = f"{n_units} of {self._n_units} {self._unit_name}"
+            self._resume.say(f"Going on after {done} of an interrupted run on {shown}.")
         elif self._resume.mode != "never" and (self.abandoned is not None or self.units):
             why = "what it wrote is no longer there"
             if self.abandoned is not None:

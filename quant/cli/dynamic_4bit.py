@@ -120,11 +120,11 @@ def command(
 
         device = choose_device(device)
 
-    def measured(*passes):
+    def measured(passes=None):
         from quant.cli.measuring import run_measurement
 
         metrics = {metric, *FOR_THE_FIGURES}
-        return run_measurement(checkpoint, format, metrics, tokens, device, *passes)
+        return run_measurement(checkpoint, format, metrics, tokens, device, passes)
 
     if dry_run:
         print_plan(planned(measured()) if must_measure else plan, output_format)

@@ -178,12 +178,13 @@ def command(
     print_written(plan, written, time.monotonic() - started, output_format)
 
 
-def _measured(plan, tokens, device: str, *passes):
+def _measured(plan, tokens, device: str, passes=None):
     """What each group would lose, by the bits that it may have."""
+    from quant.calibration.passes import UNKEPT
     from quant.calibration.streamed_model import StreamedModel
     from quant.cli.progress import Progress
     from quant.measuring.levels import measure_levels, n_steps
 
     model = StreamedModel(plan.checkpoint, device=device)
     with Progress("Measuring, layers", n_steps(plan, model)) as bar:
-        return measure_levels(plan, model, tokens.ids, bar.advance, *passes)
+        return measure_levels(plan, model, tokens.ids, bar.advance, passes or UNKEPT)

@@ -11,8 +11,12 @@ LEAST_TOKENS = 256
 
 
 def run_measurement(checkpoint, format, metrics: Collection[str], tokens, device: str, passes=None):
-    """A Sensitivity of `checkpoint`; `weight`, which needs no tokens, is always a metric."""
+    """A Sensitivity of `checkpoint`; `weight`, which needs no tokens, is always a metric.
+
+    passes: of the output that it is measured for, if that is one to go on with.
+    """
     from quant.calibration.device import choose_device
+    from quant.calibration.passes import UNKEPT
     from quant.calibration.streamed_model import StreamedModel
     from quant.cli.progress import Progress
     from quant.dynamic_4bit import find_quantizable, output_dtype
@@ -23,7 +27,13 @@ def run_measurement(checkpoint, format, metrics: Collection[str], tokens, device
     model = StreamedModel(checkpoint, device=choose_device(device))
     with Progress("Measuring, layers", n_steps(model, tokens, metrics)) as bar:
         return measure(
-            model, tokens, format, output_dtype(checkpoint), metrics, bar.advance, *passes
+            model,
+            tokens,
+            format,
+            output_dtype(checkpoint),
+            metrics,
+            bar.advance,
+            passes or UNKEPT,
         )
 
 
