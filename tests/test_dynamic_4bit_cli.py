@@ -302,7 +302,7 @@ name, when = "check_written", lambda plan, folder: any(folder.glob("*.safetensor
 
 
 @pytest.mark.parametrize("moment", [WHILE_MEASURING, WHILE_WRITING, WHILE_CHECKING])
-def test_an_interrupted_run_leaves_nothing(tmp_path, moment):
+def test_an_interrupted_run_that_keeps_nothing_leaves_nothing(tmp_path, moment):
     """Ctrl-C while the layers are measured, while they are written, and when all are there."""
     code = f"""
 import os, signal, sys
@@ -314,7 +314,7 @@ def interrupted(*args):
     return whole(*args)
 setattr(place, name, interrupted)
 sys.argv = ["qwq-quant", "dynamic-4bit", {str(TINY_QWQ)!r}, "-o", {str(tmp_path / "out")!r},
-            "--tokens", "256", "--seq-len", "64", "--no-search-scales"]
+            "--tokens", "256", "--seq-len", "64", "--no-search-scales", "--resume", "never"]
 from quant.cli import main
 main()
 """
