@@ -256,7 +256,11 @@ def campaign(folder: Path, jobs: list[dict], kinds: list[str]) -> list[dict]:
     """All cases, from a fresh process."""
     request = json.dumps({"folder": str(folder), "jobs": jobs, "kinds": list(kinds)})
     done = subprocess.run(
-        [sys.executable, __file__, request], capture_output=True, text=True, check=False
+        [sys.executable, __file__, request],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # torch's threads would not outlive the fork
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -302,6 +306,22 @@ def gguf_jobs(model: Path, folder: Path) -> dict[str, dict]:
         "new": job("new"),
         "split": job("split", "--split-max-size", "280KB"),
         "replacing": {**replacing, "older": older},
+    }
+
+
+def layer_jobs(model: Path, folder: Path) -> dict[str, dict]:
+    """What runs the model layer by layer, to a new file; under `folder`/NAME/out."""
+
+    def job(name: str, file: str, *more: str) -> dict:
+        output = folder.resolve() / name / "out" / file
+        few = ["--tokens", "256", "--seq-len", "64", "--device", "cpu"]
+        return {"name": name, "arguments": [name, str(model), "-o", str(output), *few, *more]}
+
+    metrics = [word for name in ("block", "gradient", "kld") for word in ("--metric", name)]
+    return {
+        "measure": job("measure", "s.json", *metrics),
+        "imatrix": job("imatrix", "i.gguf"),
+        "kv-calibrate": job("kv-calibrate", "k.safetensors"),
     }
 
 
@@ -368,6 +388,8 @@ def main() -> None:
         (folder / "out").mkdir(parents=True, exist_ok=True)
         CliRunner().invoke(cli, job["arguments"])  # imports what children would each import
         assert threading.active_count() == 1
+        if passes := sys.modules.get("quant.calibration.passes"):
+            passes.PATIENCE = 0  # a state behind every step
         gc.freeze()  # what is never looked at again is never copied
         for case in cases(folder, job, request["kinds"]):
             print(json.dumps(case), flush=True)

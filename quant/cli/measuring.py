@@ -32,13 +32,13 @@ def run_measurement(
     tokens = None
     if metrics - {"weight"}:
         tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
-        _check_enough(tokens)
+        check_enough(tokens)
     model = StreamedModel(checkpoint, device=choose_device(device))
     with Progress("Measuring, layers", n_steps(model, tokens, metrics)) as bar:
         return measure(model, tokens, format, output_dtype(checkpoint), metrics, bar.advance)
 
 
-def _check_enough(tokens) -> None:
+def check_enough(tokens) -> None:
     """Raise BadInput where there are too few tokens for numbers that mean anything."""
     if tokens.n_tokens < LEAST_TOKENS:
         raise BadInput(
