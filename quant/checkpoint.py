@@ -89,6 +89,11 @@ class Checkpoint:
         tensors = _with_scales(folder, stored, _stated_block(folder, config))
         return cls(folder, str(folder) if name is None else name, revision, config, tensors)
 
+    @property
+    def public_name(self) -> str:
+        """Of a local model not its path: what is published must not tell of the user's folders."""
+        return self.name if self.revision else self.folder.resolve().name
+
     def read_json(self, file_name: str) -> dict | None:
         """A JSON object file of the folder, or None if there is none. Raises BadInput."""
         raw = self.read_bytes(file_name)

@@ -233,11 +233,23 @@ def write_importance(
     n_chunks: int,
     datasets: Sequence[str],
 ) -> None:
-    """Write sums of squared activations as llama-imatrix does, byte for byte.
+    """Write what encode_importance gives. Raises CannotCreate or OutputFailed, too."""
+    write_whole(path, encode_importance(path, sums, counts, chunk_size, n_chunks, datasets))
+
+
+def encode_importance(
+    path: Path,
+    sums: dict[str, np.ndarray],
+    counts: dict[str, np.ndarray],
+    chunk_size: int,
+    n_chunks: int,
+    datasets: Sequence[str],
+) -> bytes:
+    """The file of sums of squared activations as llama-imatrix writes it, byte for byte.
 
     sums: weight name -> float32 (n_matrices, n_columns), 1 or n_experts matrices;
     counts: weight name -> the tokens in them (n_matrices,). chunk_size is in tokens.
-    Raises BadInput for sums that cannot be, CannotCreate or OutputFailed for the file.
+    Raises BadInput, which names `path`, for sums that cannot be.
     """
     _check_measured(path, sums, counts)
     metadata = {
@@ -256,7 +268,7 @@ def write_importance(
             parts.append(data.ljust(padded(len(data)), b"\0"))
             offset += len(parts[-1])
     parts[0] = encode_header(encode_metadata(metadata), len(metadata), entries, DEFAULT_ALIGNMENT)
-    write_whole(path, b"".join(parts))
+    return b"".join(parts)
 
 
 def _check_measured(path: Path, sums: dict[str, np.ndarray], counts: dict[str, np.ndarray]) -> None:

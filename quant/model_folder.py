@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,12 +215,16 @@ def folder_run(
     runs_model = tokens is not None or held_out is not None
     if runs_model:
         # Only here: torch takes a second to import, and plain rounding needs none of it.
+        import torch
+
+        from quant.calibration.computed import device_name
         from quant.calibration.passes import Passes
 
         code, unit_name, n_units = (*code, *RUNNING), "steps", None
         hashed |= {"config.json": checkpoint.config, "held-out text": held_out}
         hashed["calibration text"] = tokens
-        facts = {**facts, **_runs_on(device), "calibration": _described(tokens)}
+        facts = {**facts, **manifest.library_versions(), "calibration": _described(tokens)}
+        facts |= {"model": checkpoint.public_name, "device": device_name(torch.device(device))}
     decides = fingerprint(code=code, hashed=hashed, **facts)
     resume = replace(resume or Resume(), command=command)
     with Journal(output, decides, resume, unit_name, n_units) as journal:
@@ -240,19 +243,6 @@ RUNNING = (
     "write_with_feedback.py", "write_gptq.py",
 )  # fmt: skip
 """What runs a model, and decides by what it finds."""
-
-
-def _runs_on(device: str) -> dict[str, str | int]:
-    """What a model is run with: other sums are other bytes."""
-    import torch
-
-    kind = torch.device(device).type
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
-    return {
-        "device": name,
-        "threads": torch.get_num_threads() if kind == "cpu" else 1,
-        **{library: metadata.version(library) for library in ("torch", "transformers")},
-    }
 
 
 def _described(tokens: Tokens | None) -> str:

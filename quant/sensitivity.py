@@ -298,8 +298,12 @@ def _some(names: Iterable[str]) -> str:
 
 def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
     """Write it, whole or not at all. Raises CannotCreate or OutputFailed."""
-    text = json.dumps(sensitivity.to_json(), indent=1, allow_nan=False) + "\n"
-    write_whole(path, text.encode())
+    write_whole(path, encode_sensitivity(sensitivity))
+
+
+def encode_sensitivity(sensitivity: Sensitivity) -> bytes:
+    """The file."""
+    return (json.dumps(sensitivity.to_json(), indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_sensitivity(path: Path) -> Sensitivity:

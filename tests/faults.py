@@ -260,7 +260,11 @@ def campaign(folder: Path, jobs: list[dict], kinds: list[str], every: int = 1) -
     request = {"folder": str(folder), "jobs": jobs, "kinds": list(kinds), "every": every}
     request = json.dumps(request)
     done = subprocess.run(
-        [sys.executable, __file__, request], capture_output=True, text=True, check=False
+        [sys.executable, __file__, request],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # torch's threads would not outlive the fork
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -331,6 +335,22 @@ def folder_jobs(model: Path, folder: Path) -> dict[str, dict]:
     }
 
 
+def layer_jobs(model: Path, folder: Path) -> dict[str, dict]:
+    """What runs the model layer by layer, to a new file; under `folder`/NAME/out."""
+
+    def job(name: str, file: str, *more: str) -> dict:
+        output = folder.resolve() / name / "out" / file
+        few = ["--tokens", "256", "--seq-len", "64", "--device", "cpu"]
+        return {"name": name, "arguments": [name, str(model), "-o", str(output), *few, *more]}
+
+    metrics = [word for name in ("block", "gradient", "kld") for word in ("--metric", name)]
+    return {
+        "measure": job("measure", "s.json", *metrics),
+        "imatrix": job("imatrix", "i.gguf"),
+        "kv-calibrate": job("kv-calibrate", "k.safetensors"),
+    }
+
+
 def tiny_model(folder: Path) -> Path:
     """examples/tiny-qwq cut down to one layer of 32 columns: 15 tensors, half a megabyte."""
     from safetensors.torch import load_file, save_file
@@ -394,6 +414,8 @@ def main() -> None:
         (folder / "out").mkdir(parents=True, exist_ok=True)
         CliRunner().invoke(cli, job["arguments"])  # imports what children would each import
         assert threading.active_count() == 1
+        if passes := sys.modules.get("quant.calibration.passes"):
+            passes.PATIENCE = 0  # a state behind every step
         gc.freeze()  # what is never looked at again is never copied
         for case in cases(folder, job, request["kinds"], request.get("every", 1)):
             print(json.dumps(case), flush=True)

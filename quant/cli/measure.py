@@ -1,6 +1,7 @@
 """qwq-quant measure: what 4 bits do to each layer of a model, as a file."""
 
 import time
+from dataclasses import asdict, replace
 
 import click
 
@@ -26,15 +27,17 @@ from quant.cli.mending import lora_option
 @options.calibration_options(seq_len=256, n_tokens=8192)
 @lora_option
 @options.force
+@options.resume
 @options.model_options
 @options.debug
 def command(
     model, output, metrics, quant_type, double_quant, search_scales, calibration, n_tokens,
-    seq_len, device, force, **where,
+    seq_len, device, force, resume, **where,
 ):  # fmt: skip
     """Measure what 4 bits do to each layer of MODEL, for dynamic-4bit and plot.
 
-    Runs the checkpoint over a text, one decoder layer in memory at a time.
+    Runs the checkpoint over a text, one decoder layer in memory at a time. After an interruption,
+    the same command goes on.
 
     \b
     Examples:
@@ -45,30 +48,55 @@ def command(
     """
     from quant.architectures import find_architecture
     from quant.cli.calibrating import calibration_tokens
-    from quant.cli.measuring import check_enough, run_measurement
+    from quant.cli.measuring import check_enough
     from quant.cli.plan_table import print_note
+    from quant.cli.progress import Progress
+    from quant.cli.resuming import resuming
     from quant.display import printable
+    from quant.dynamic_4bit import find_quantizable, output_dtype
     from quant.formats.nf4 import Bnb4bit
+    from quant.journal import interrupted_job
     from quant.lora import merge_notes
     from quant.output_file import check_output_file
-    from quant.sensitivity import write_sensitivity
+    from quant.sensitivity import encode_sensitivity
     from quant.source import open_checkpoint, source_files
 
     checkpoint = open_checkpoint(model, check_config=find_architecture, **where)
-    check_output_file(
-        output, force=force, sources=source_files(checkpoint), starts_with=b"{", kind="JSON file"
-    )
+    sources = source_files(checkpoint)
+
+    def check() -> None:
+        check_output_file(output, force=force, sources=sources, starts_with=b"{", kind="JSON file")
+
+    if interrupted_job(output) is None:  # else it may have written the output itself
+        check()
     for note in merge_notes(checkpoint.tensors):
         print_note(note, err=True)
     started = time.monotonic()
     format = Bnb4bit(quant_type, double_quant, search_scales=search_scales)
-    tokens = None
-    if set(metrics) - {"weight"}:
+    find_quantizable(checkpoint)
+    dtype = output_dtype(checkpoint)
+    metrics, tokens = frozenset(metrics), None
+    if metrics - {"weight"}:
         tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
         check_enough(tokens)
-    measured = run_measurement(checkpoint, format, metrics, tokens, device)
-    write_sensitivity(output, measured)
-    click.echo(
-        f"{printable(output)}  {len(measured.groups)} groups by {', '.join(measured.metrics)}, "
-        f"in {time.monotonic() - started:.1f} s."
+
+    from quant.calibration.computed import what_decides, write_computed
+    from quant.calibration.device import choose_device
+    from quant.calibration.streamed_model import StreamedModel
+    from quant.measuring.measure import measure, n_steps, n_units
+
+    streamed = StreamedModel(checkpoint, device=choose_device(device))
+
+    def compute(passes) -> tuple[bytes, str]:
+        found = measure(streamed, tokens, format, dtype, metrics, bar.advance, passes)
+        said = f"{len(found.groups)} groups by {', '.join(found.metrics)}"
+        return encode_sensitivity(found), said
+
+    decides = what_decides(
+        streamed, tokens, command="measure", metrics=sorted(metrics), **asdict(format)
     )
+    total, n_layers = n_units(streamed, tokens, metrics), n_steps(streamed, tokens, metrics)
+    with Progress("Measuring, layers", n_layers) as bar, resuming(resume, "layer") as how:
+        how = replace(how, command=options.typed_command())
+        said = write_computed(output, decides, how, streamed, total, compute, check)
+    click.echo(f"{printable(output)}  {said}, in {time.monotonic() - started:.1f} s.")

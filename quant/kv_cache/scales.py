@@ -133,12 +133,17 @@ class RecordingCache(Cache):
 
 def write_scales(path: Path, scales: KvScales) -> None:
     """Whole or not at all. Raises CannotCreate or OutputFailed."""
+    write_whole(path, encode_scales(scales))
+
+
+def encode_scales(scales: KvScales) -> bytes:
+    """The file."""
     tensors = {}
     for i, channels in scales.layers.items():
         tensors[f"layers.{i}.k_mid"] = channels.mid.float().contiguous()
         tensors[f"layers.{i}.k_range"] = channels.range.float().contiguous()
     metadata = {"format": FORMAT, "model_type": scales.model_type}
-    write_whole(path, save(tensors, metadata=metadata))
+    return save(tensors, metadata=metadata)
 
 
 def read_scales(path: Path) -> KvScales:

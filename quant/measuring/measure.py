@@ -105,8 +105,7 @@ def require_finite(found: dict[str, dict[str, float]], checkpoint: Checkpoint) -
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, str | None]:
     return {
-        # Of a local model not its path: the file is published, and the path tells of a user.
-        "name": checkpoint.name if checkpoint.revision else checkpoint.folder.resolve().name,
+        "name": checkpoint.public_name,
         "revision": checkpoint.revision,
         "architecture": checkpoint.config["architectures"][0],
         "fingerprint": fingerprint(checkpoint),
