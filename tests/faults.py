@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,9 +36,12 @@ but the journal; or from the journal alone. "power" is each of them in turn."""
 
 KINDS = ("kill", "ENOSPC", "EIO", "dead disk", *POWER)
 """kill: SIGKILL there. ENOSPC: from there on nothing can be written. EIO: once. dead disk: EIO from
-there on."""
+there on. There is also SIGTERM, which is no fault."""
 
 PAGE = 512
+
+TIMES = re.compile(rb'"time": "[^"]*"')
+"""In manifests."""
 
 
 class FaultyFolder:
@@ -97,8 +101,11 @@ class FaultyFolder:
         return honest(*args, **kwargs)
 
     def _strike(self, name, honest, args) -> None:
-        if name == "pwrite" and self.kind != "EIO":
+        if name == "pwrite" and self.kind not in ("EIO", "SIGTERM"):
             honest(args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
+        if self.kind == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind.startswith("power: "):
@@ -201,20 +208,23 @@ def _be_child(arguments, folder: Path, kind: str, at: int, told: int, log: Path)
 
 
 def seen(folder: Path) -> dict[str, str]:
-    """The files in a folder, each with the beginning of its sha256; the manifest's is not told."""
+    """The files in a folder, each with the beginning of its sha256, and empty folders; of manifests
+    all but their times."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest = sha256(path.read_bytes()).hexdigest()[:16]
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() or not any(p.iterdir())):
+        content = path.read_bytes() if path.is_file() else b""
+        digest = sha256(TIMES.sub(b"", content)).hexdigest()[:16]
         name = path.relative_to(folder).as_posix()
-        found[name] = "" if path.name == "qwq-quant.json" else digest
+        found[name] = digest
     return found
 
 
-def cases(folder: Path, job: dict, kinds: list[str], every: int = 1):
+def cases(folder: Path, job: dict, kinds: list[str]):
     """What came of every fault in one job: its "name", "arguments", and those of an "older" run.
 
-    every: only at every so manieth operation, each kind beginning with another.
+    With "every" 9 only every ninth operation is hit, and each kind begins with another one.
     """
+    every = job.get("every", 1)
     older, expected = {}, {}
     work = folder / "out"
 
@@ -255,10 +265,9 @@ def cases(folder: Path, job: dict, kinds: list[str], every: int = 1):
             }  # fmt: skip
 
 
-def campaign(folder: Path, jobs: list[dict], kinds: list[str], every: int = 1) -> list[dict]:
-    """All cases, from a fresh process; or those at every so manieth operation."""
-    request = {"folder": str(folder), "jobs": jobs, "kinds": list(kinds), "every": every}
-    request = json.dumps(request)
+def campaign(folder: Path, jobs: list[dict], kinds: list[str]) -> list[dict]:
+    """All cases, from a fresh process."""
+    request = json.dumps({"folder": str(folder), "jobs": jobs, "kinds": list(kinds)})
     done = subprocess.run(
         [sys.executable, __file__, request],
         capture_output=True,
@@ -285,6 +294,8 @@ def what_is_wrong(case: dict) -> list[str]:
         if "Traceback" in error or "Something went wrong inside" in error:
             wrong.append("a traceback")
     faults_exit = (0, 74) if case["code"] >= 0 else (-signal.SIGKILL,)
+    if case["kind"] == "SIGTERM":
+        faults_exit = (0, 75)
     if case["code"] not in faults_exit:
         wrong.append(f"exit code {case['code']}")
     if case["code"] == 74 and "Error: " not in case["error"]:
@@ -317,21 +328,26 @@ def gguf_jobs(model: Path, folder: Path) -> dict[str, dict]:
 
 
 def folder_jobs(model: Path, folder: Path) -> dict[str, dict]:
-    """dynamic-4bit and gptq, to new folders and over an older one; under `folder`/NAME/out."""
+    """dynamic-4bit and gptq, in the stages that they have; under `folder`/NAME/out.
 
-    def job(name: str, *words: str) -> dict:
+    What runs the model takes seconds, and meets fewer faults.
+    """
+
+    def job(name: str, command: str, *words: str, every: int) -> dict:
         output = folder.resolve() / name / "out" / "m"
-        return {"name": name, "arguments": [words[0], str(model), "-o", str(output), *words[1:]]}
+        arguments = [command, str(model), "-o", str(output), *words]
+        return {"name": name, "arguments": arguments, "every": every}
 
-    few = ("--tokens", "128", "--seq-len", "32", "--no-check")
     plain = ("dynamic-4bit", "--budget", "0", "--no-check")
-    replacing = job("4bit replacing", *plain, "--force")
+    few = ("--tokens", "256", "--seq-len", "64", "--device", "cpu")
+    replacing = job("4bit replacing", *plain, "--force", every=1)
     older = [*replacing["arguments"], "--quant-type", "fp4"]
     return {
-        "4bit": job("4bit", *plain),
+        "4bit": job("4bit", *plain, every=1),
         "4bit replacing": {**replacing, "older": older},
-        "4bit feedback": job("4bit feedback", *plain, *few, "--gptq"),
-        "gptq": job("gptq", "gptq", *few, "--group-size", "32"),
+        "4bit feedback": job("4bit feedback", *plain, *few, "--gptq", every=7),
+        "4bit measured": job("4bit measured", "dynamic-4bit", "--budget", "2kB", *few, every=11),
+        "gptq": job("gptq", "gptq", *few, "--group-size", "32", "--budget", "4kB", every=11),
     }
 
 
@@ -404,7 +420,7 @@ def main() -> None:
     from click.testing import CliRunner
 
     from quant import journal, manifest
-    from quant.cli import cli
+    from quant.cli import calibrating, cli
 
     remember(manifest, "library_versions")  # slow, and the same in every child
     journal.FLUSH_NBYTES, journal.FLUSH_SECONDS = 1 << 17, 1e9
@@ -416,8 +432,9 @@ def main() -> None:
         assert threading.active_count() == 1
         if passes := sys.modules.get("quant.calibration.passes"):
             passes.PATIENCE = 0  # a state behind every step
+            calibrating.CHECKED_TOKENS = 512
         gc.freeze()  # what is never looked at again is never copied
-        for case in cases(folder, job, request["kinds"], request.get("every", 1)):
+        for case in cases(folder, job, request["kinds"]):
             print(json.dumps(case), flush=True)
 
 
