@@ -9,6 +9,7 @@ and gives the same bytes; small files are made anew.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,7 @@ from quant.durable import (
     PendingFolder,
     check_replaceable_folder,
     own_leftovers,
+    states_folder,
     temporary_path,
     translated_errors,
     write_whole,
@@ -136,6 +138,8 @@ class FolderRun:
                 n_units, sink = places[n_there], None
         self.journal.hold(sink)
         self._begin(n_units)
+        if self.passes is None:  # else they know what is needed
+            shutil.rmtree(states_folder(self.output), ignore_errors=True)
         if pending is None:
             pending = self.journal.hold(PendingFolder(self.output, self.force))
         return pending, sink, there
