@@ -235,6 +235,7 @@ def folder_run(
         passes = journal.hold(Passes(journal)) if runs_model else None
         run = FolderRun(checkpoint, output, force, command, journal, passes)
         if journal.completed is not None and PendingFolder.was_published(output):
+            journal.begin(len(journal.units))
             run.done = WrittenFolder.from_json(output, journal.completed)
         else:
             check_room(output, nbytes, force)

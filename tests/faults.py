@@ -266,7 +266,7 @@ def cases(folder: Path, job: dict, kinds: list[str]):
 
 
 def campaign(folder: Path, jobs: list[dict], kinds: list[str]) -> list[dict]:
-    """All cases, from a fresh process."""
+    """All cases, from a fresh process. Jobs work in out, in `folder` or in their "folder" there."""
     request = json.dumps({"folder": str(folder), "jobs": jobs, "kinds": list(kinds)})
     done = subprocess.run(
         [sys.executable, __file__, request],
@@ -425,8 +425,8 @@ def main() -> None:
     remember(manifest, "library_versions")  # slow, and the same in every child
     journal.FLUSH_NBYTES, journal.FLUSH_SECONDS = 1 << 17, 1e9
     journal.ThreadPoolExecutor = AtOnce
-    folder = Path(request["folder"]).resolve()
     for job in request["jobs"]:
+        folder = Path(request["folder"], job.get("folder", "")).resolve()
         (folder / "out").mkdir(parents=True, exist_ok=True)
         CliRunner().invoke(cli, job["arguments"])  # imports what children would each import
         assert threading.active_count() == 1

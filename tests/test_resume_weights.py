@@ -37,39 +37,36 @@ def model(tmp_path_factory):
 
 # --- whatever happens, at any operation -------------------------------------------------------
 
-SAMPLES = [
-    ("4bit", "kill", 11),
-    ("4bit", "power", 13),
-    ("4bit", "SIGTERM", 17),
-    ("4bit replacing", "ENOSPC", 17),
-    ("4bit replacing", "kill", 17),
-    ("4bit feedback", "kill", 23),
-    ("4bit measured", "SIGTERM", 47),
-    ("gptq", "kill", 41),
-]
-"""Job, fault, and at every so manieth operation; scripts/check_reliability.py has more of them."""
+SAMPLES = {
+    ("4bit", "4bit replacing"): (("kill", "SIGTERM", "power", "ENOSPC"), 27),
+    ("4bit feedback", "4bit measured", "gptq"): (("kill", "SIGTERM"), 60),
+}
+"""Jobs, the faults they meet, and at every so manieth operation; scripts/check_reliability.py has
+more of them."""
+
+CASES = [(job, kind) for jobs, (kinds, _) in SAMPLES.items() for job in jobs for kind in kinds]
 
 
 @pytest.fixture(scope="module")
 def cases(model, tmp_path_factory):
     """(job, kind) -> what came of it; in two processes."""
     folder = tmp_path_factory.mktemp("faults")
+    jobs = faults.folder_jobs(model, folder)
 
-    def of(sample: tuple[str, str, int]) -> list[dict]:
-        name, kind, every = sample
-        place = folder / kind
-        job = faults.folder_jobs(model, place)[name]
-        return faults.campaign(place / name, [{**job, "every": every}], [kind])
+    def of(names: tuple[str, ...]) -> list[dict]:
+        kinds, every = SAMPLES[names]
+        chosen = [{**jobs[name], "folder": name, "every": every} for name in names]
+        return faults.campaign(folder, chosen, kinds)
 
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(of, reversed(SAMPLES))  # the longest first
-        return {sample[:2]: part for sample, part in zip(reversed(SAMPLES), found, strict=True)}
+        found = [case for part in pool.map(of, SAMPLES) for case in part]
+    return {key: [c for c in found if (c["job"], c["kind"]) == key] for key in CASES}
 
 
-@pytest.mark.parametrize(("job", "kind", "every"), SAMPLES)
-def test_nothing_is_lost(job, kind, every, cases):
+@pytest.mark.parametrize(("job", "kind"), CASES)
+def test_nothing_is_lost(job, kind, cases):
     found = cases[job, kind]
-    assert len(found) > 3 and [c["at"] for c in found] == [1 + every * n for n in range(len(found))]
+    assert len(found) > 2
     wrong = {(c["at"], c["struck"]): faults.what_is_wrong(c) for c in found}
     assert not {n: w for n, w in wrong.items() if w}
 
@@ -80,11 +77,11 @@ def went_on_after(case: dict) -> int:
     return int(words[words.index("after") + 1]) if "after" in words else 0
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s[1] != "power"])
-def test_a_later_end_leaves_more_to_go_on_with(sample, cases):
-    found = [case for case in cases[sample[:2]] if case["second_error"] is not None]
+@pytest.mark.parametrize(("job", "kind"), [case for case in CASES if case[1] != "power"])
+def test_a_later_end_leaves_more_to_go_on_with(job, kind, cases):
+    found = [case for case in cases[job, kind] if case["second_error"] is not None]
     after = [went_on_after(case) for case in found]
-    assert after == sorted(after) and after[-1] > after[1], after
+    assert after == sorted(after) and after[-1] > after[0], after
 
 
 @pytest.mark.parametrize("job", ["4bit", "4bit measured"])
