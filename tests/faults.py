@@ -222,7 +222,8 @@ def seen(folder: Path) -> dict[str, str]:
 def cases(folder: Path, job: dict, kinds: list[str]):
     """What came of every fault in one job: its "name", "arguments", and those of an "older" run.
 
-    With "every" 9 only every ninth operation is hit, and each kind begins with another one.
+    With "every" 9 only every ninth operation is hit, from the fifth on; by the next kind, from the
+    sixth on.
     """
     every = job.get("every", 1)
     older, expected = {}, {}
@@ -248,7 +249,7 @@ def cases(folder: Path, job: dict, kinds: list[str]):
     expected = seen(work)
     for i, kind in enumerate(kinds):
         for n in count():
-            at = 1 + i % every + n * every
+            at = (1 + every) // 2 + i % every + n * every
             restore()
             meant = POWER[at % len(POWER)] if kind == "power" else kind
             first = run(job["arguments"], work, meant, at)
