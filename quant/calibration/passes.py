@@ -81,7 +81,7 @@ class Passes:
         only as far as its last saved state.
         """
         units = self._journal.units if self._journal else []
-        known: dict[tuple, bool] = {}
+        self._units, known = {}, {}
         for n in range(min(n_units, len(units)), 0, -1):
             with suppress(KeyError, TypeError, ValueError):  # no units of ours
                 found = _by_pass(units[:n])

@@ -79,7 +79,8 @@ def command(
     Measures what 4 bits do to each layer, keeps those in 16 bits whose damage is worth most within
     the budget, and writes a folder that transformers, PEFT and vLLM load: weights, the list of
     exceptions in the one form that all of them read alike, figures, a model card. One decoder layer
-    is in memory at a time. --dry-run measures too, and prints the table.
+    is in memory at a time. --dry-run measures too, and prints the table. After an interruption, in
+    whichever of its stages, the same command goes on.
 
     \b
     Examples:

@@ -99,7 +99,7 @@ def command(
     and each sees what the quantized ones before it put out. The folder is in AutoGPTQ's format,
     which vLLM loads, and transformers with optimum and GPTQModel. With --budget the layers that 4
     bits harm most get 8 or 16, which vLLM and GPTQModel load; --dry-run measures too, and prints
-    the table.
+    the table. After an interruption, the same command goes on.
 
     \b
     Examples:
