@@ -25,6 +25,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 POWER = ("power: cut", "power: zeros", "power: torn", "power: only the journal",
@@ -209,8 +210,11 @@ def seen(folder: Path) -> dict[str, str]:
     return found
 
 
-def cases(folder: Path, job: dict, kinds: list[str]):
-    """What came of every fault in one job: its "name", "arguments", and those of an "older" run."""
+def cases(folder: Path, job: dict, kinds: list[str], every: int = 1):
+    """What came of every fault in one job: its "name", "arguments", and those of an "older" run.
+
+    every: only at every so manieth operation, each kind beginning with another.
+    """
     older, expected = {}, {}
     work = folder / "out"
 
@@ -232,10 +236,9 @@ def cases(folder: Path, job: dict, kinds: list[str]):
     ended = run(job["arguments"], work)
     assert ended.code == 0, ended.error
     expected = seen(work)
-    for kind in kinds:
-        at = 0
-        while True:
-            at += 1
+    for i, kind in enumerate(kinds):
+        for n in count():
+            at = 1 + i % every + n * every
             restore()
             meant = POWER[at % len(POWER)] if kind == "power" else kind
             first = run(job["arguments"], work, meant, at)
@@ -252,9 +255,10 @@ def cases(folder: Path, job: dict, kinds: list[str]):
             }  # fmt: skip
 
 
-def campaign(folder: Path, jobs: list[dict], kinds: list[str]) -> list[dict]:
-    """All cases, from a fresh process."""
-    request = json.dumps({"folder": str(folder), "jobs": jobs, "kinds": list(kinds)})
+def campaign(folder: Path, jobs: list[dict], kinds: list[str], every: int = 1) -> list[dict]:
+    """All cases, from a fresh process; or those at every so manieth operation."""
+    request = {"folder": str(folder), "jobs": jobs, "kinds": list(kinds), "every": every}
+    request = json.dumps(request)
     done = subprocess.run(
         [sys.executable, __file__, request],
         capture_output=True,
@@ -391,7 +395,7 @@ def main() -> None:
         if passes := sys.modules.get("quant.calibration.passes"):
             passes.PATIENCE = 0  # a state behind every step
         gc.freeze()  # what is never looked at again is never copied
-        for case in cases(folder, job, request["kinds"]):
+        for case in cases(folder, job, request["kinds"], request.get("every", 1)):
             print(json.dumps(case), flush=True)
 
 

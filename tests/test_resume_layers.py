@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import faults
 import pytest
 import torch
 from click.testing import CliRunner
@@ -202,6 +203,16 @@ def test_a_source_that_changes_meanwhile_is_not_measured(tmp_path, monkeypatch):
     (tmp_path / "to").mkdir()
     said = invoke(*words("imatrix", model, tmp_path / "to" / "out"), code=65)
     assert "changed while it was being read" in said and not os.listdir(tmp_path / "to")
+
+
+def test_faults_at_some_operations(tmp_path):
+    """Of some fifty; scripts/check_reliability.py has all of them, and all faults."""
+    job = faults.layer_jobs(tiny_model(tmp_path / "model"), tmp_path)["measure"]
+    found = faults.campaign(tmp_path / "measure", [job], ["kill", "EIO", "power", "ENOSPC"], 12)
+    assert len(found) > 12 and len({c["struck"].split()[0] for c in found}) >= 4
+    wrong = {(c["kind"], c["at"], c["struck"]): faults.what_is_wrong(c) for c in found}
+    assert not {where: what for where, what in wrong.items() if what}
+    assert sum("Going on after" in (c["second_error"] or "") for c in found) > len(found) // 2
 
 
 # --- signals, to the command as it is -----------------------------------------------------------
