@@ -14,10 +14,14 @@ import torch
 from click.testing import CliRunner
 from faults import tiny_model
 
+from quant import imatrix
 from quant.calibration import passes
+from quant.calibration.hidden_states import hidden_nbytes
 from quant.calibration.passes import Passes
 from quant.calibration.streamed_model import StreamedModel
+from quant.checkpoint import Checkpoint
 from quant.cli import cli
+from quant.measuring.measure import saved_nbytes
 
 FEW = ("--tokens", "256", "--seq-len", "64", "--device", "cpu")
 ALL_METRICS = [w for m in ("activation", "block", "gradient", "kld") for w in ("--metric", m)]
@@ -80,17 +84,22 @@ def undisturbed(model, tmp_path_factory):
     return get
 
 
-def stopped(command, model, output, at: int, *more) -> str:
-    """Ended by the user behind the next step, from whose number on that is wanted."""
+def stopping_after(n: int):
+    """In the place of Passes.note: the user wants to stop within the n-th step."""
     note = Passes.note
 
     def noting(self, units):
-        if self._journal._n_done + len(units) >= at:
+        if self._journal._n_done + len(units) >= n:
             self._journal._resume.stop.make()
         note(self, units)
 
+    return noting
+
+
+def stopped(command, model, output, at: int, *more) -> str:
+    """Ended by the user behind that step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Passes, "note", noting)
+        patch.setattr(Passes, "note", stopping_after(at))
         return invoke(*words(command, model, output, *more), code=75)
 
 
@@ -126,6 +135,29 @@ def test_a_state_is_saved_only_when_it_is_time(command, model, undisturbed, tmp_
     else:
         assert len(saved) == (2 if command == "imatrix" else 1)
         assert "hidden" in saved[0] and all("hidden" not in state for state in saved[1:])
+
+
+@pytest.mark.parametrize(
+    "metrics", [("activation",), ("gradient",), ("block", "kld"), ("imatrix",)]
+)
+def test_what_is_kept_is_known_beforehand(metrics, model, tmp_path, monkeypatch):
+    seen, note = [], Passes.note
+
+    def noting(self, units):
+        seen.append(sum(p.stat().st_size for p in (tmp_path / ".out.states").iterdir()))
+        note(self, units)
+
+    monkeypatch.setattr(Passes, "note", noting)
+    checkpoint = Checkpoint.open(model)
+    hidden = hidden_nbytes(checkpoint.config, 256, "cpu")
+    if metrics == ("imatrix",):
+        wanted = imatrix.saved_nbytes(checkpoint, hidden)
+        invoke("imatrix", model, "-o", tmp_path / "out", *FEW)
+    else:
+        wanted = saved_nbytes(checkpoint, hidden, frozenset(metrics))
+        asked = [word for metric in metrics for word in ("--metric", metric)]
+        invoke("measure", model, "-o", tmp_path / "out", *FEW, *asked)
+    assert 0.7 * wanted < max(seen) <= wanted
 
 
 def test_a_damaged_state_is_not_taken_up(model, undisturbed, loaded, tmp_path):

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from quant import check_weights
+from quant.calibration import feedback
 from quant.calibration import passes as passes_module
 from quant.calibration.feedback import quantize_streamed
+from quant.calibration.hidden_states import hidden_nbytes
 from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
 from quant.calibration.weights import ChangedWeights, CheckpointWeights
-from quant.check_weights import Candidate, check_weights
 from quant.checkpoint import Checkpoint
 from quant.groups import find_groups
 from quant.journal import Journal, Resume, Stopped
+from quant.measuring import gradient
 from quant.measuring.gradient import measure_gradient
 
 IDS = np.random.default_rng(0).integers(0, 4090, (2, 12))
@@ -43,10 +46,10 @@ def walk(checkpoint: Checkpoint, passes: Passes) -> list:
     hidden = quantize_streamed(model, groups, IDS, quantize, steps.append, passes)
     names = frozenset(f"{name}.weight" for group in groups for name in group.modules)
     other = ChangedWeights(CheckpointWeights(checkpoint), names, lambda _, w: coarse(w))
-    candidates = [Candidate("coarse", 1, other)]
-    rows = check_weights(checkpoint, candidates, TOKENS, "cpu", steps.append, passes)
-    gradient = measure_gradient(model, groups, IDS, coarse, steps.append, passes)
-    return json.loads(json.dumps([hidden.tensor.sum().item(), *map(vars, rows), gradient]))
+    candidates = [check_weights.Candidate("coarse", 1, other)]
+    rows = check_weights.check_weights(checkpoint, candidates, TOKENS, "cpu", steps.append, passes)
+    damage = measure_gradient(model, groups, IDS, coarse, steps.append, passes)
+    return json.loads(json.dumps([hidden.tensor.sum().item(), *map(vars, rows), damage]))
 
 
 def run(output, checkpoint, resume=None, job=1):
@@ -168,6 +171,26 @@ def stop_after(n: int, output, checkpoint) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(Passes, "note", noting)
         run(output, checkpoint, Resume())
+
+
+def test_what_is_kept_is_known_beforehand(checkpoint, always_saving, tmp_path, monkeypatch):
+    """Of all three, and of the last one's output of "quantize", which stays."""
+    seen, note = {}, Passes.note
+
+    def noting(self, units):
+        name = units[-1]["pass"].partition(" ")[0]
+        nbytes = sum(p.stat().st_size for p in (tmp_path / ".out.states").iterdir())
+        seen[name] = max(seen.get(name, 0), nbytes)
+        note(self, units)
+
+    monkeypatch.setattr(Passes, "note", noting)
+    run(tmp_path / "out", checkpoint)
+    hidden = hidden_nbytes(checkpoint.config, IDS.size, "cpu")
+    assert seen == {
+        "quantize": feedback.saved_nbytes(hidden),
+        "check": hidden + check_weights.saved_nbytes(hidden, 1),
+        "gradient": hidden + gradient.saved_nbytes(hidden, 3),
+    }
 
 
 def spoil(path) -> None:
