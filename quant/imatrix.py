@@ -14,6 +14,7 @@ from quant.architectures import EXPERT_PARTS, Architecture, find_architecture
 from quant.calibration.passes import UNKEPT, Pass, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
+from quant.checkpoint import Checkpoint
 
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)")
 
@@ -96,9 +97,8 @@ def measure_importance(
     return squares, sums.n_tokens
 
 
-def saved_nbytes(hidden: int, n_inputs: int) -> int:
-    """Of the states that are kept for another run; hidden: bytes between two layers.
-
-    n_inputs: columns of all the weights that are watched.
-    """
-    return 2 * (hidden + 8 * n_inputs)
+def saved_nbytes(checkpoint: Checkpoint, hidden: int) -> int:
+    """At most, of the states that are kept for another run; hidden: bytes between two layers."""
+    inner = (i for name, i in checkpoint.tensors.items() if ".layers." in name)
+    n_sums = sum(1 + info.shape[-1] for info in inner if len(info.shape) == 2)
+    return 2 * (hidden + 8 * n_sums)

@@ -29,6 +29,14 @@ JOBS = {
     "new": "to-gguf",
     "split": "to-gguf, three files",
     "replacing": "to-gguf --force",
+    "measure": "measure, five metrics",
+    "imatrix": "imatrix",
+    "kv-calibrate": "kv-calibrate",
+    "4bit": "dynamic-4bit",
+    "4bit replacing": "dynamic-4bit --force",
+    "4bit feedback": "dynamic-4bit --gptq",
+    "4bit measured": "dynamic-4bit, measured and checked",
+    "gptq": "gptq, measured and checked",
 }
 
 KINDS = {
@@ -49,7 +57,9 @@ def faults_table(folder: Path, wrong: list[str]) -> Iterator[str]:
     yield "| job | fault | operations hit | run ended | then went on | then began anew | lost |"
     yield "|---|---|---|---|---|---|---|"
     model = faults.tiny_model(folder / "model")
-    for name, job in faults.gguf_jobs(model, folder).items():
+    jobs = faults.gguf_jobs(model, folder) | faults.layer_jobs(model, folder)
+    jobs |= faults.folder_jobs(model, folder)
+    for name, job in jobs.items():
         found = faults.campaign(folder / name, [job], list(faults.KINDS))
         for kind, shown in KINDS.items():
             cases = [case for case in found if case["kind"] == kind]

@@ -219,13 +219,13 @@ def seen(folder: Path) -> dict[str, str]:
     return found
 
 
-def cases(folder: Path, job: dict, kinds: list[str]):
+def cases(folder: Path, job: dict, kinds: list[str], every: int = 1):
     """What came of every fault in one job: its "name", "arguments", and those of an "older" run.
 
-    With "every" 9 only every ninth operation is hit, from the fifth on; by the next kind, from the
-    sixth on.
+    every: unless the job says otherwise, only every so manieth operation is hit: of nine, the fifth
+    and so on; by the next kind, the sixth and so on.
     """
-    every = job.get("every", 1)
+    every = job.get("every", every)
     older, expected = {}, {}
     work = folder / "out"
 
@@ -266,9 +266,10 @@ def cases(folder: Path, job: dict, kinds: list[str]):
             }  # fmt: skip
 
 
-def campaign(folder: Path, jobs: list[dict], kinds: list[str]) -> list[dict]:
+def campaign(folder: Path, jobs: list[dict], kinds: list[str], every: int = 1) -> list[dict]:
     """All cases, from a fresh process. Jobs work in out, in `folder` or in their "folder" there."""
-    request = json.dumps({"folder": str(folder), "jobs": jobs, "kinds": list(kinds)})
+    request = {"folder": str(folder), "jobs": jobs, "kinds": list(kinds), "every": every}
+    request = json.dumps(request)
     done = subprocess.run(
         [sys.executable, __file__, request],
         capture_output=True,
@@ -435,7 +436,7 @@ def main() -> None:
             passes.PATIENCE = 0  # a state behind every step
             calibrating.CHECKED_TOKENS = 512
         gc.freeze()  # what is never looked at again is never copied
-        for case in cases(folder, job, request["kinds"]):
+        for case in cases(folder, job, request["kinds"], request.get("every", 1)):
             print(json.dumps(case), flush=True)
 
 

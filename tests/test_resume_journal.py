@@ -10,7 +10,7 @@ from quant import journal
 from quant.durable import PendingFile, journal_path
 from quant.errors import CannotCreate, OutputFailed
 from quant.fingerprint import differences, fingerprint
-from quant.journal import Journal, Resume
+from quant.journal import Journal, Resume, Stopped
 from quant.tensors import TensorInfo
 
 JOB = {"type": "Q8_0", "tensors": "xxh3:1", "source files": {"a": [1, 2, "3"]}}
@@ -267,3 +267,39 @@ def test_an_adapter_is_told_by_its_content(tmp_path):
         info = TensorInfo("a", (1,), "F32", path, 7, 4)
         tables.append(fingerprint(code=(), hashed={"tensors": info}))
     assert differences(*tables) == ["source file adapter_model.safetensors"]
+
+
+def test_units_that_belong_together_are_not_parted_by_a_stop(output):
+    resume = Resume()
+    with (
+        pytest.raises(Stopped, match="2 of 9 layers"),
+        Journal(output, JOB, resume, "layers", 9) as made,
+    ):
+        made.begin()
+        resume.stop.make()
+        assert made.stopping
+        made.append("first", may_stop=False)
+        made.append("second")
+    assert units_of(output) == ["first", "second"]
+
+
+def test_flush_waits_for_data_and_lines(output):
+    """A power cut behind it takes nothing from before it."""
+    flushed = []
+
+    class Data:
+        flush_failed = False
+
+        def flush(self):
+            flushed.append(journal_path(output).read_bytes().count(b"unit"))
+
+        keep = discard = lambda self: None
+
+    with opened(output) as made:
+        made.hold(Data())
+        made.begin()
+        made.append("first")
+        made.append("second")
+        made.flush()
+        assert flushed == [2] and made.n_on_disk == 2
+        assert b'{"on_disk":2}' in journal_path(output).read_bytes()

@@ -10,6 +10,7 @@ The file is safetensors: float32 `layers.N.k_mid` and `layers.N.k_range` (heads,
 layer N of full attention, with "format" = "qwq-kv-scales" and "model_type" in its metadata.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -143,7 +144,16 @@ def encode_scales(scales: KvScales) -> bytes:
         tensors[f"layers.{i}.k_mid"] = channels.mid.float().contiguous()
         tensors[f"layers.{i}.k_range"] = channels.range.float().contiguous()
     metadata = {"format": FORMAT, "model_type": scales.model_type}
-    return save(tensors, metadata=metadata)
+    return _in_order(save(tensors, metadata=metadata))
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with a header in order; the library's is another in every process."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(
+        json.loads(file[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+    return file[:8] + header.encode().ljust(end - 8) + file[end:]
 
 
 def read_scales(path: Path) -> KvScales:

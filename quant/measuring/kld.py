@@ -33,9 +33,13 @@ REFERENCE = "reference"
 
 def n_sweeps(model: StreamedModel, groups: list[Group], tokens: np.ndarray) -> int:
     """How often the whole model is run."""
-    nbytes = tokens.size * model.hidden_size * model.dtype.itemsize
-    at_once = max(1, min(MAX_STATES_NBYTES, _room()) // nbytes - 1)  # 1: the reference
-    return -(-len(groups) // at_once)
+    hidden = tokens.size * model.hidden_size * model.dtype.itemsize
+    return -(-len(groups) // _n_together(hidden))
+
+
+def _n_together(hidden: int) -> int:
+    """Groups in a sweep, at most, whose states have so many bytes each."""
+    return max(1, min(MAX_STATES_NBYTES, _room()) // hidden - 1)  # 1: the reference
 
 
 @cache
@@ -98,9 +102,6 @@ def _sweep(
     return walk.facts[-1]
 
 
-def saved_nbytes(hidden: int, n_together: int) -> int:
-    """Of the states that are kept for another run; hidden: bytes between two layers.
-
-    n_together: groups in a sweep.
-    """
-    return 2 * (1 + n_together) * hidden
+def saved_nbytes(hidden: int, n_groups: int) -> int:
+    """At most, of the states that are kept for another run; hidden: bytes between two layers."""
+    return 2 * (1 + min(n_groups, _n_together(hidden))) * hidden
