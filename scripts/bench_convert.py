@@ -12,23 +12,19 @@ go to benchmarks/convert.csv, in place of older ones of the same model and type.
 """
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from make_checkpoint import SIZES
+from results import BENCHMARKS, ROOT, circumstances, write_results
 
 from quant.mixtures import MIXTURES
 
-ROOT = Path(__file__).parent.parent
 PEER = """
 import runpy, sys
 sys.path[:0] = [{root!r}, {root!r} + "/gguf-py"]
@@ -148,40 +144,19 @@ def main() -> None:
             model = make(work, size, args.shards)
             rows += [bench(args, model, work, type_name) for type_name in args.types]
     about = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "numpy": version("numpy"),
-        "qwq_quant": version("qwq-quant"),
+        **circumstances("numpy", "qwq-quant"),
         "peer": "convert_hf_to_gguf.py (and llama_model_quantize) of "
         + _peer_version(args.llama_cpp),
     }
     rows = [row | about for row in rows]
     for row in rows:
         print("\n".join(f"{key:16} {value}" for key, value in row.items()), end="\n\n")
-    target = ROOT / "benchmarks" / "convert.csv"
-    others = [row for row in _older(target) if _case(row) not in map(_case, rows)]
-    with open(target, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(sorted(others + rows, key=lambda row: row["model"]))
-    print(f"written to {target.relative_to(ROOT)}")
-
-
-def _older(table: Path) -> list[dict]:
-    with open(table, newline="") as file:
-        return list(csv.DictReader(file))
+    cases = {_case(row) for row in rows}
+    write_results(BENCHMARKS / "convert.csv", rows, lambda older: _case(older) in cases)
 
 
 def _case(row: dict) -> tuple[str, str]:
     return row["model"], row["type"]
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _peer_version(llama_cpp: Path) -> str:

@@ -14,26 +14,21 @@ it is stored. Results go to benchmarks/dynamic.csv.
 """
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
 from make_checkpoint import SIZES, tensor_shapes
+from results import BENCHMARKS, ROOT, circumstances, write_results
 
 from quant.checkpoint import read_tensors
 from quant.tensors import TensorReader
-
-ROOT = Path(__file__).parent.parent
 
 PEER = """
 import sys
@@ -157,7 +152,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="to measure on; the program's default, 8192")
     parser.add_argument("--work", type=Path, help="folder for the checkpoint and the outputs")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "dynamic.csv")
+    parser.add_argument("--output", type=Path, default=BENCHMARKS / "dynamic.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         work = Path(folder)
@@ -173,30 +168,13 @@ def main() -> None:
         "model": f"{args.size}, {args.shards} shards",
         "baseline_mb": f"{baseline:.0f}",
         "layer_mb": f"{layer_mb(args.size):.0f}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "bitsandbytes": version("bitsandbytes"),
-        "qwq_quant": version("qwq-quant"),
+        **circumstances("torch", "transformers", "bitsandbytes", "qwq-quant"),
     }
     columns = dict.fromkeys(key for row in rows for key in row | about)
     rows = [row | about for row in rows]
     for row in rows:
         print("\n".join(f"{key:16} {row.get(key, '')}" for key in columns), end="\n\n")
-    with open(args.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {args.output}")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    write_results(args.output, rows)
 
 
 if __name__ == "__main__":

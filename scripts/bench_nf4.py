@@ -11,25 +11,21 @@ error against the plain type's. Outputs are compared as well. Results go to benc
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 from bitsandbytes.functional import quantize_4bit
+from results import BENCHMARKS, circumstances, write_results
 
 from quant.formats.nf4 import Bnb4bit
 from quant.tensors import to_float32
 
-ROOT = Path(__file__).parent.parent
 SHAPE = (1024, 5120)
 CASES = [
     Bnb4bit(quant_type, double_quant, 64, search)
@@ -141,26 +137,10 @@ def main() -> None:
     about = {
         "shape": " x ".join(map(str, args.shape)),
         "repeats": args.repeats,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, one core",
-        "python": platform.python_version(),
-        "numba": version("numba"),
-        "torch": version("torch"),
+        **circumstances("numba", "torch", one_core=True),
         "bitsandbytes_version": version("bitsandbytes"),
     }
-    target = ROOT / "benchmarks" / "nf4.csv"
-    with open(target, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] | about)
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
-    print(f"written to {target.relative_to(ROOT)}")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    write_results(BENCHMARKS / "nf4.csv", [row | about for row in rows])
 
 
 if __name__ == "__main__":

@@ -10,23 +10,18 @@ if any differ. Results go to benchmarks/quantize.csv, in place of older ones of 
 """
 
 import argparse
-import csv
 import ctypes
-import datetime
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
+from results import BENCHMARKS, ROOT, circumstances, write_results
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from ggml_oracle import libggml, quantize  # noqa: E402
+from ggml_oracle import libggml, quantize
 
 N_COLUMNS = 4096
 
@@ -94,29 +89,12 @@ def main() -> None:
     about = {
         "weights": w.size,
         "repeats": args.repeats,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, one core",
-        "python": platform.python_version(),
-        "numba": version("numba"),
-        "llama_cpp_python": version("llama-cpp-python"),
+        **circumstances("numba", "llama-cpp-python", one_core=True),
     }
-    target = ROOT / "benchmarks" / "quantize.csv"
     names = {row["type"] for row in rows}
-    with open(target, newline="") as file:
-        others = [row for row in csv.DictReader(file) if row["type"] not in names]
-    with open(target, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] | about)
-        writer.writeheader()
-        writer.writerows([*others, *(row | about for row in rows)])
-    print(f"written to {target.relative_to(ROOT)}")
+    rows = [row | about for row in rows]
+    write_results(BENCHMARKS / "quantize.csv", rows, lambda older: older["type"] in names)
     sys.exit(any(row["same_bytes"] != "yes" for row in rows))
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

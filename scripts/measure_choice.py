@@ -14,20 +14,17 @@ Results go to benchmarks/choice.csv.
 """
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from results import BENCHMARKS, ROOT, circumstances, write_results
 
 from quant.calibration.hidden_states import HiddenStates
 from quant.calibration.streamed_model import StreamedModel
@@ -42,10 +39,9 @@ from quant.measuring.measure import measure, rounding_of
 from quant.sensitivity import METRICS, Sensitivity
 from quant.texts import Texts, built_in_texts, read_texts
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from planted_models import plant  # noqa: E402, from tests/
+from planted_models import plant  # of tests/
 
 MODEL = ROOT / "examples" / "tiny-qwq"
 TEXTS = ROOT / "tests" / "texts"
@@ -206,7 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="to measure on")
     parser.add_argument("--held-out", type=int, default=8192, help="tokens to judge on")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "choice.csv")
+    parser.add_argument("--output", type=Path, default=BENCHMARKS / "choice.csv")
     args = parser.parse_args()
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -221,25 +217,9 @@ def main() -> None:
     about = {
         "tokens": args.tokens,
         "held_out_tokens": args.held_out,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "qwq_quant": version("qwq-quant"),
+        **circumstances("torch", "transformers", "qwq-quant"),
     }
-    with open(args.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] | about)
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
-    print(f"written to {args.output}")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    write_results(args.output, [row | about for row in rows])
 
 
 if __name__ == "__main__":

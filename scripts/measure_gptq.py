@@ -10,16 +10,13 @@ Results go to benchmarks/gptq.csv; with --only, other rows stay there as they ar
 """
 
 import argparse
-import csv
-import datetime
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
 import torch
+from results import BENCHMARKS, ROOT, circumstances, write_results
 
 from quant.algorithms.gptq import DAMP, gptq
 from quant.budget import Budget
@@ -40,8 +37,6 @@ from quant.measuring.levels import measure_levels
 from quant.measuring.measure import measure
 from quant.texts import built_in_texts, held_out_texts
 
-ROOT = Path(__file__).parent.parent
-TARGET = ROOT / "benchmarks" / "gptq.csv"
 SEQ_LEN = 256
 MEASURED_TOKENS = 8192
 DTYPE = "bfloat16"
@@ -156,13 +151,9 @@ def main() -> None:
     held_out = cut_tokens(checkpoint, held_out_texts(), 8192, SEQ_LEN)
     about = {
         "positions": held_out.ids.shape[0] * (SEQ_LEN - SEQ_LEN // 2 - 1),
-        "date": datetime.date.today().isoformat(),
-        "machine": _processor(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        **circumstances("torch", "transformers"),
     }
-    rows = _other_rows(args.only)
+    rows: list[dict] = []
 
     def measure_case(n_tokens: int, case: Case) -> None:
         tokens = cut_tokens(checkpoint, built_in_texts(), n_tokens, SEQ_LEN)
@@ -206,26 +197,11 @@ def main() -> None:
     if not args.only or args.only in "budget":
         for case in budget_cases(checkpoint):
             measure_case(args.tokens, case)
-    with open(TARGET, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {TARGET.relative_to(ROOT)}")
 
+    def is_replaced(older: dict) -> bool:
+        return not args.only or args.only in older["format"]
 
-def _other_rows(only: str | None) -> list[dict]:
-    """Rows of an earlier run that this one does not make anew."""
-    if not only:
-        return []
-    with open(TARGET, newline="") as file:
-        return [row for row in csv.DictReader(file) if only not in row["format"]]
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    write_results(BENCHMARKS / "gptq.csv", rows, is_replaced)
 
 
 if __name__ == "__main__":

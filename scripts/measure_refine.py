@@ -11,16 +11,13 @@ thread) and 4 million Gaussian weights. Results go to benchmarks/refine.csv.
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFReader, dequantize
+from results import BENCHMARKS, ROOT, circumstances, write_results
 
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import cut_tokens
@@ -37,7 +34,6 @@ from quant.texts import read_texts
 from quant.to_gguf import Wishes, plan_gguf
 from quant.write_gguf import write_gguf
 
-ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "tiny-qwq"
 TEXTS = ROOT / "tests" / "texts"
 NAMED = ("Q4_K_M", "Q3_K_M", "Q2_K", "Q5_K_M")
@@ -158,25 +154,9 @@ def main() -> None:
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if v), flush=True)
     about = {
         "positions": chunks.n_positions,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, one core",
-        "python": platform.python_version(),
-        "numba": version("numba"),
-        "llama_cpp_python": version("llama-cpp-python"),
+        **circumstances("numba", "llama-cpp-python", one_core=True),
     }
-    target = ROOT / "benchmarks" / "refine.csv"
-    with open(target, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] | about)
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
-    print(f"written to {target.relative_to(ROOT)}")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    write_results(BENCHMARKS / "refine.csv", [row | about for row in rows])
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ second halves are scored. Results go to benchmarks/target.csv.
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from results import BENCHMARKS, ROOT, circumstances, write_results
 
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import cut_tokens
@@ -32,7 +29,6 @@ from quant.texts import read_texts
 from quant.to_gguf import Wishes, plan_gguf
 from quant.write_gguf import write_gguf
 
-ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "tiny-qwq"
 TEXTS = ROOT / "tests" / "texts"
 MIXTURES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -105,17 +101,9 @@ def main() -> None:
                     measure(mixture, "target", target)
     about = {
         "positions": chunks.n_positions,
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "llama_cpp_python": version("llama-cpp-python"),
+        **circumstances("llama-cpp-python"),
     }
-    target = ROOT / "benchmarks" / "target.csv"
-    with open(target, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] | about)
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
-    print(f"written to {target.relative_to(ROOT)}")
+    write_results(BENCHMARKS / "target.csv", [row | about for row in rows])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import block_cases
 import numpy as np
 import pytest
 from ggml_oracle import quantize
@@ -109,15 +110,7 @@ def scales_of(encoded: np.ndarray, format) -> np.ndarray:
 
 
 def assert_equals_ggml(format, w, importance=None):
-    expected = quantize(format.ggml_type, w, importance)
-    if np.isfinite(scales_of(expected, format)).all():
-        encoded = format.encode(w, importance)[""]
-        assert encoded.dtype == np.uint8 and encoded.shape == expected.shape
-        wrong = np.argwhere(encoded != expected)
-        assert not len(wrong), f"{len(wrong)} bytes differ, first at {wrong[0]}"
-    else:
-        with pytest.raises(Float16Overflow):
-            format.encode(w, importance)
+    block_cases.assert_equals_ggml(format, w, importance, scales_of)
 
 
 @each_weighting

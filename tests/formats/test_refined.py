@@ -3,6 +3,7 @@
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
+import block_cases
 import numpy as np
 import pytest
 from ggml_oracle import libggml
@@ -25,61 +26,25 @@ REFINED = [FORMATS[name] for name in FORMATS if name in REFINERS]
 each_format = pytest.mark.parametrize("format", REFINED, ids=lambda f: f.name)
 
 
-def one_outlier(rng, shape):
-    w = rng.standard_normal(shape) * 0.02
-    w[0, 100] = 300
-    return w
-
-
-def sub_block_sizes(rng, shape):
-    sizes = np.exp(rng.standard_normal((shape[0], shape[1] // 16)) * 4)
-    return rng.standard_normal(shape) * np.repeat(sizes, 16, axis=1) * 1e-3
-
-
-def outlier_columns(rng, shape):
-    w = rng.standard_normal(shape) * 1e-5
-    w[:, ::7] *= 1e6
-    return w
-
-
 CASES = {
-    "gaussian": lambda rng, shape: rng.standard_normal(shape) * 0.02,
-    "bf16 values": lambda rng, shape: (
-        rng.standard_normal(shape, np.float32).view(np.uint32) & 0xFFFF0000
-    ).view(np.float32),
-    "heavy tails": lambda rng, shape: rng.standard_t(2, shape) * 0.02,
-    "one outlier": one_outlier,
-    "outlier columns": outlier_columns,
-    "sub-blocks of many sizes": sub_block_sizes,
-    "constant": lambda rng, shape: np.full(shape, 0.37),
-    "negative constant": lambda rng, shape: np.full(shape, -3.0),
-    "zero": lambda rng, shape: np.zeros(shape),
-    "mostly zero": lambda rng, shape: rng.standard_normal(shape) * (rng.random(shape) < 0.03),
-    "few values": lambda rng, shape: rng.integers(-2, 3, shape),
-    "positive": lambda rng, shape: np.abs(rng.standard_normal(shape)),
-    "far above zero": lambda rng, shape: 5 + rng.standard_normal(shape) * 1e-3,
-    "far below zero": lambda rng, shape: -5 + rng.standard_normal(shape) * 1e-6,
-    "large": lambda rng, shape: rng.standard_normal(shape) * 3000,
+    name: case
+    for name, case in block_cases.CASES.items()
+    if name in (
+        "gaussian", "bf16 values", "heavy tails", "one outlier", "outlier columns",
+        "sub-blocks of many sizes", "constant", "negative constant", "zero", "mostly zero",
+        "few values", "positive", "far above zero", "far below zero", "large", "too large",
+        "d subnormal in float16", "d zero in float16", "squares subnormal", "subnormal",
+    )
+} | {
     "d near the end of float16": lambda rng, shape: rng.standard_normal(shape) * 1.7e5,
-    "too large": lambda rng, shape: rng.standard_normal(shape) * 1e9,
-    "d subnormal in float16": lambda rng, shape: rng.standard_normal(shape) * 1e-6,
-    "d zero in float16": lambda rng, shape: rng.standard_normal(shape) * 1e-9,
-    "squares subnormal": lambda rng, shape: rng.standard_normal(shape) * 1e-20,
-    "subnormal": lambda rng, shape: rng.standard_normal(shape) * 1e-39,
     "greatest": lambda rng, shape: rng.choice([-1, 1], shape) * 3.4e38,
-}
+}  # fmt: skip
+IMPORTANCES = ("none", "uneven", "zeros", "none of outliers", "minute", "enormous")
 
 
 def importance_kinds(rng, n_columns) -> dict:
-    importance = {
-        "none": None,
-        "uneven": np.exp(rng.standard_normal(n_columns) * 4),
-        "zeros": np.zeros(n_columns),
-        "none of outliers": rng.random(n_columns) * (np.arange(n_columns) % 7 > 0),
-        "minute": rng.random(n_columns) * 1e-35,
-        "enormous": rng.random(n_columns) * 1e30,
-    }
-    return {k: None if v is None else v.astype(np.float32) for k, v in importance.items()}
+    found = block_cases.importance_kinds(rng, n_columns)
+    return {name: found[name] for name in IMPORTANCES}
 
 
 def block_errors(format, w, importance, encoded) -> np.ndarray:
