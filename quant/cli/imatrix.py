@@ -13,12 +13,13 @@ from quant.cli.mending import lora_option
 @click.option("-o", "--output", required=True, type=options.Output(), help="File to write (GGUF).")
 @options.calibration_options(seq_len=512, n_tokens=65536)
 @lora_option
+@options.dry_run
 @options.force
 @options.model_options
 @options.debug
 def command(
-    model, output, calibration, n_tokens, seq_len, device, force, revision, token, cache_dir,
-    offline, lora,
+    model, output, calibration, n_tokens, seq_len, device, dry_run, force, revision, token,
+    cache_dir, offline, lora,
 ):  # fmt: skip
     """Compute the importance matrix of MODEL, for to-gguf --imatrix and llama-quantize.
 
@@ -32,6 +33,8 @@ def command(
           --imatrix imatrix.gguf
     """
     from quant.architectures import find_architecture
+    from quant.calibration.needs import IMPORTANCE, numbers_nbytes
+    from quant.cli.calibrating import planned_run, preflight
     from quant.cli.plan_table import print_note
     from quant.cli.progress import Progress
     from quant.display import printable
@@ -52,6 +55,11 @@ def command(
     check_output_file(
         output, force=force, sources=source_files(checkpoint), starts_with=b"GGUF", kind="GGUF file"
     )
+    run = planned_run(
+        checkpoint, [IMPORTANCE], output, numbers_nbytes(checkpoint),
+        calibration, n_tokens, seq_len, device,
+    )  # fmt: skip
+    preflight(run, dry_run)
     for note in merge_notes(checkpoint.tensors):
         print_note(note, err=True)
     texts = built_in_texts() if calibration is None else read_texts(calibration)

@@ -25,12 +25,13 @@ from quant.cli.mending import lora_option
 @options.format_4bit_options
 @options.calibration_options(seq_len=256, n_tokens=8192)
 @lora_option
+@options.dry_run
 @options.force
 @options.model_options
 @options.debug
 def command(
     model, output, metrics, quant_type, double_quant, search_scales, calibration, n_tokens,
-    seq_len, device, force, **where,
+    seq_len, device, dry_run, force, **where,
 ):  # fmt: skip
     """Measure what 4 bits do to each layer of MODEL, for dynamic-4bit and plot.
 
@@ -44,6 +45,8 @@ def command(
       qwq-quant plot sensitivity.json -o figures
     """
     from quant.architectures import find_architecture
+    from quant.calibration.needs import numbers_nbytes, of_metrics
+    from quant.cli.calibrating import planned_run, preflight
     from quant.cli.measuring import run_measurement
     from quant.cli.plan_table import print_note
     from quant.display import printable
@@ -57,6 +60,11 @@ def command(
     check_output_file(
         output, force=force, sources=source_files(checkpoint), starts_with=b"{", kind="JSON file"
     )
+    run = planned_run(
+        checkpoint, of_metrics(metrics, checkpoint), output, numbers_nbytes(checkpoint),
+        calibration, n_tokens, seq_len, device,
+    )  # fmt: skip
+    preflight(run, dry_run)
     for note in merge_notes(checkpoint.tensors):
         print_note(note, err=True)
     started = time.monotonic()
