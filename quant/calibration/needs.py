@@ -1,7 +1,7 @@
 """What a run of a model takes, one decoder layer at a time: memory, temporary files, and how long.
 
 Arithmetic on the headers of the checkpoint. What a command does to every layer is a `Work`, in
-plain forwards of it; works are added up.
+plain forwards of it; works are added up. torch is imported where there are any, and only there.
 """
 
 import re
@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-from torch.nn import functional as F
-
-from quant.calibration.hidden_states import SHARE_OF_MEMORY
-from quant.calibration.streamed_model import ACTIVATION_NBYTES, ACTIVATIONS, HEAD_BLOCK_NBYTES
 from quant.checkpoint import Checkpoint
 from quant.convert import worker_count
 from quant.estimates import Estimate, core_speed, reading_seconds
@@ -25,11 +20,11 @@ from quant.source import source_files
 from quant.tensors import TensorInfo
 from quant.texts import Texts
 
-BASE_NBYTES = 450 << 20
-"""Python, torch, transformers and the tokenizer."""
+BASE_NBYTES, TORCH_NBYTES = 240 << 20, 210 << 20
+"""Python, numpy and what is encoded at a time; torch, transformers and the tokenizer."""
 
 ROUNDING_NBYTES = 220 << 20
-"""numba, and the encoders that it compiled or loads."""
+"""numba, and the encoders that it compiled or loads, in a process that has torch besides."""
 
 SPARE = 1.1
 """What the allocator keeps, in holes that fit nothing else."""
@@ -97,13 +92,13 @@ def of_metrics(metrics: Iterable[str], checkpoint: Checkpoint) -> list[Work]:
     return works
 
 
-def of_check(n_models: int, n_tokens: int, n_rounded: int) -> Work:
-    """Models on a held-out text, half of which is scored."""
+def of_check(n_models: int, n_tokens: int) -> Work:
+    """Models on a held-out text, half of which is scored; one of them is rounded as it is read."""
     return Work(
         float(n_models),
         loads=n_models,
         heads=n_models / 2,
-        roundings=n_rounded,
+        roundings=1,
         n_states=n_models,
         n_tokens=n_tokens,
     )
@@ -208,13 +203,13 @@ class LayerwiseRun:
         if there is no folder for the output."""
         sizes, states = Sizes.of(self.checkpoint), [self._states(work) for work in self.works]
         at_work = [
-            held + self._at_work(work, sizes)
+            TORCH_NBYTES + round(SPARE * (held + self._at_work(work, sizes)))
             for work, (held, _) in zip(self.works, states, strict=True)
         ]
         return measure_needs(
             self.output,
             disk=self.nbytes + SMALL_NBYTES,
-            memory=BASE_NBYTES + round(SPARE * max(at_work, default=0)),
+            memory=BASE_NBYTES + max(at_work, default=0),
             temporary=max((in_files for _, in_files in states), default=0),
             folder=self.folder,
         )
@@ -222,6 +217,8 @@ class LayerwiseRun:
     def estimate(self, besides: float = 0.0) -> Estimate:
         """How long all take, and `besides` seconds. A product of the shape that a layer has is
         tried here, and a little of all else."""
+        if not self.works:
+            return Estimate(besides)
         sizes, speed = Sizes.of(self.checkpoint), core_speed()
         rate = products_a_second(sizes, self.seq_len, self.device)
         files = source_files(self.checkpoint)
@@ -251,6 +248,8 @@ class LayerwiseRun:
 
     def _states(self, work: Work) -> tuple[int, int]:
         """Bytes of hidden states in memory and in temporary files, see HiddenStates."""
+        from quant.calibration.hidden_states import SHARE_OF_MEMORY
+
         hidden = self.checkpoint.config.get("hidden_size") or 1
         nbytes = (work.n_tokens or self.n_tokens) * hidden * self._width
         room = int(SHARE_OF_MEMORY * available_memory())
@@ -261,6 +260,12 @@ class LayerwiseRun:
 
     def _at_work(self, work: Work, sizes: Sizes) -> int:
         """Bytes besides: the layer, what is read for it, activations, and what is made of it."""
+        from quant.calibration.streamed_model import (
+            ACTIVATION_NBYTES,
+            ACTIVATIONS,
+            HEAD_BLOCK_NBYTES,
+        )
+
         on_cpu = self.device == "cpu"
         layer = self._width * (sizes.largest_layer if on_cpu else sizes.largest_matrix)
         made = 2 * sizes.largest_matrix
@@ -292,6 +297,9 @@ def _feedback_products(checkpoint: Checkpoint, n_tokens: int) -> float:
 
 def products_a_second(sizes: Sizes, seq_len: int, device: str) -> float:
     """Multiply-adds a second in a product of a layer's shape, but of a moderate size."""
+    import torch
+    from torch.nn import functional as F
+
     rows = min(seq_len, 256)
     columns = min(sizes.intermediate, max(64, (1 << 28) // (rows * sizes.hidden)))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

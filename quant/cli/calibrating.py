@@ -20,13 +20,16 @@ def planned_run(
     seq_len: int, device: str,
 ):  # fmt: skip
     """What running the model will take, a LayerwiseRun. Raises BadInput, Unavailable."""
-    from quant.calibration.device import choose_device
     from quant.calibration.needs import LayerwiseRun, tokens_at_most
     from quant.texts import built_in_texts, read_texts
 
-    texts = built_in_texts() if calibration is None else read_texts(calibration)
-    n_tokens = tokens_at_most(texts, n_tokens)
-    device = choose_device(device)
+    if works:
+        from quant.calibration.device import choose_device
+        from quant.calibration.tokens import check_context
+
+        check_context(checkpoint, seq_len)
+        texts = built_in_texts() if calibration is None else read_texts(calibration)
+        n_tokens, device = tokens_at_most(texts, n_tokens), choose_device(device)
     return LayerwiseRun(checkpoint, tuple(works), n_tokens, seq_len, device, output, nbytes)
 
 

@@ -88,11 +88,13 @@ def command(
       qwq-quant dynamic-4bit examples/tiny-qwq -o small --target-bpw 4.8 --dry-run
     """
     from quant.architectures import find_architecture
+    from quant.cli.calibrating import planned_run
     from quant.cli.measuring import prepared_check, run_measurement
     from quant.cli.plan_4bit import print_plan, print_written
     from quant.cli.plan_table import print_note
     from quant.dynamic_4bit import plan_4bit, plan_plain
     from quant.errors import UsageError
+    from quant.folder_needs import folder_estimate, folder_nbytes, works_of_4bit
     from quant.formats.nf4 import Bnb4bit
     from quant.sensitivity import read_sensitivity
     from quant.source import open_checkpoint
@@ -105,6 +107,12 @@ def command(
     started = time.monotonic()
     format = Bnb4bit(quant_type, double_quant, search_scales=search_scales)
     plain, measured, run_check = plan_plain(checkpoint, format, budget), None, None
+    metrics = {metric, *FOR_THE_FIGURES} if sensitivity is None and budget.needs_choice else ()
+    run = planned_run(
+        checkpoint, works_of_4bit(plain, metrics, gptq, check), output, folder_nbytes(plain),
+        calibration, n_tokens, seq_len, device,
+    )  # fmt: skip
+    run.needs().require()
     if not dry_run:
         check_output(plain, output, force)
         if check:
@@ -118,16 +126,16 @@ def command(
                 "Leave one of them out.",
             )
         measured = read_sensitivity(sensitivity)
-    elif budget.needs_choice:
-        metrics = {metric, *FOR_THE_FIGURES}
+    elif metrics:
         measured = run_measurement(
             checkpoint, format, metrics, calibration, n_tokens, seq_len, device
         )
     plan = plan_4bit(checkpoint, format, budget, measured, metric)
     plan = replace(plan, notes=(*mended.notes, *plan.notes), feedback=gptq)
     if dry_run:
-        print_plan(plan, output_format)
-        return
+        needs = run.needs()
+        print_plan(plan, output_format, needs, folder_estimate(run, plan))
+        raise click.exceptions.Exit(needs.exit_code)
     for note in plan.notes:
         print_note(note, err=True)
     with _progress(plan) as bar:

@@ -108,8 +108,9 @@ def command(
     """
     from quant.architectures import find_architecture
     from quant.budget import NOTHING
-    from quant.cli.calibrating import calibration_tokens
+    from quant.cli.calibrating import calibration_tokens, planned_run
     from quant.cli.gptq_table import print_plan, print_written
+    from quant.folder_needs import folder_estimate, folder_nbytes, works_of_gptq
     from quant.formats.gptq import Gptq
     from quant.gptq_model import plan_gptq
     from quant.lora import merge_notes
@@ -119,11 +120,17 @@ def command(
     format = Gptq(int(bits), group_size, symmetric)
     plan = plan_gptq(checkpoint, format, damp, static_groups, budget or NOTHING)
     plan = replace(plan, notes=(*merge_notes(checkpoint.tensors), *plan.notes))
+    run = planned_run(
+        checkpoint, works_of_gptq(plan, check, min(n_tokens, MEASURED_TOKENS)), output,
+        folder_nbytes(plan), calibration, n_tokens, seq_len, device,
+    )  # fmt: skip
+    run.needs().require()
     if dry_run:
         if plan.budget.needs_choice:
             plan = _spent(plan, calibration, n_tokens, seq_len, device)
-        print_plan(plan, output_format)
-        return
+        needs = run.needs()
+        print_plan(plan, output_format, needs, folder_estimate(run, plan))
+        raise click.exceptions.Exit(needs.exit_code)
 
     from quant.calibration.device import choose_device
     from quant.cli.calibrating import held_out_tokens
