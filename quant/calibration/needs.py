@@ -220,7 +220,7 @@ class LayerwiseRun:
         if not self.works:
             return Estimate(besides)
         sizes, speed = Sizes.of(self.checkpoint), core_speed()
-        rate = products_a_second(sizes, self.seq_len, self.device)
+        rate = products_a_second(sizes.hidden, sizes.intermediate, self.seq_len, self.device)
         files = source_files(self.checkpoint)
         read = reading_seconds(files, sum(path.stat().st_size for path in files))
         of_cores = besides * speed + STARTING_SECONDS  # on a core of the benchmarks' machine
@@ -295,16 +295,16 @@ def _feedback_products(checkpoint: Checkpoint, n_tokens: int) -> float:
     return total
 
 
-def products_a_second(sizes: Sizes, seq_len: int, device: str) -> float:
+def products_a_second(hidden: int, intermediate: int, seq_len: int, device: str) -> float:
     """Multiply-adds a second in a product of a layer's shape, but of a moderate size."""
     import torch
     from torch.nn import functional as F
 
     rows = min(seq_len, 256)
-    columns = min(sizes.intermediate, max(64, (1 << 28) // (rows * sizes.hidden)))
+    columns = min(intermediate, max(64, (1 << 28) // (rows * hidden)))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    x = torch.ones(rows, sizes.hidden, dtype=dtype, device=device)
-    w = torch.ones(columns, sizes.hidden, dtype=dtype, device=device)
+    x = torch.ones(rows, hidden, dtype=dtype, device=device)
+    w = torch.ones(columns, hidden, dtype=dtype, device=device)
 
     def product() -> None:
         y = F.linear(x, w)
@@ -312,7 +312,7 @@ def products_a_second(sizes: Sizes, seq_len: int, device: str) -> float:
             torch.cuda.synchronize()
 
     product()  # the first time, threads are started
-    return prod((rows, columns, sizes.hidden)) / _seconds(product)
+    return prod((rows, columns, hidden)) / _seconds(product)
 
 
 def _seconds(work: Callable[[], None]) -> float:
