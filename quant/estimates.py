@@ -104,7 +104,7 @@ def reading_seconds(files: Sequence[Path], nbytes: int) -> float:
 
 
 def writing_seconds(folder: Path, nbytes: int) -> float:
-    """For so many bytes, onto the disk. Infinity where nothing can be written."""
+    """For so many bytes, onto the disk; 0 where none can be written, which is told elsewhere."""
     data = os.urandom(PROBE_NBYTES)
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -114,7 +114,7 @@ def writing_seconds(folder: Path, nbytes: int) -> float:
             os.fsync(file.fileno())
             taken = time.perf_counter() - began
     except OSError:
-        return float("inf")
+        return 0.0
     return nbytes * taken / (N_PROBES * PROBE_NBYTES)
 
 

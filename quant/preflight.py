@@ -98,18 +98,19 @@ def measure_needs(
     disk: int,
     memory: int,
     temporary: int = 0,
-    folder: Path | None = None,
+    in_place: bool = False,
     reused: int | None = None,
     locks: tuple[Path, ...] = (),
 ) -> Needs:
     """`disk`, `memory` and `temporary` bytes for a run that writes `output`, and what there is.
 
-    folder: where its bytes go, if not beside it: `output` itself, where it is filled in place.
+    in_place: `output` is a folder that is filled as it stands, and made if it is not there.
     reused: bytes of an unfinished run there, which are freed or taken up, and locks: what such a
     run holds; both are known by the output's name unless they are given.
     Raises CannotCreate if there is no such folder.
     """
-    folder = _existing(Path(os.path.abspath(output)).parent if folder is None else folder)
+    place = Path(os.path.abspath(output))
+    folder = _existing(place if in_place and place.exists() else place.parent)
     reused = own_leftovers(output) if reused is None else reused
     disk_free = _free_bytes(folder) + reused
     temporary_free = 0

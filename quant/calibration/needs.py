@@ -196,7 +196,6 @@ class LayerwiseRun:
     device: str
     output: Path
     nbytes: int
-    folder: Path | None = None  # where its bytes go, if not beside it
 
     def needs(self) -> Needs:
         """Of a GPU's own memory nothing is said: it takes a layer in 16 bits. Raises CannotCreate
@@ -211,7 +210,6 @@ class LayerwiseRun:
             disk=self.nbytes + SMALL_NBYTES,
             memory=BASE_NBYTES + max(at_work, default=0),
             temporary=max((in_files for _, in_files in states), default=0),
-            folder=self.folder,
         )
 
     def estimate(self, besides: float = 0.0) -> Estimate:

@@ -23,9 +23,7 @@ from quant.evaluation.runners.folder import WITH_ACTIVATIONS
 from quant.evaluation.runners.stored import count_weights, find_weights, loaded_nbytes
 from quant.gguf_file import open_gguf
 from quant.preflight import SMALL_NBYTES, Needs, available_memory, measure_needs
-
-REPORT_NBYTES = 4 << 20
-"""The page, the figures, and every number."""
+from quant.report.files import REPORT_NBYTES
 
 GGUF_NBYTES = 300 << 20
 """llama.cpp's buffers. The weights are mapped: of a file too large, the system drops what it likes,
@@ -73,12 +71,11 @@ class EvaluationRun:
         scores = scored * (8 + SCORES.itemsize * len(self.candidates))
         logits = 8 * n_vocab * self.wishes.n_ctx
         memory = max((sizes.nbytes for sizes in self._models()), default=0)
-        folder = Path(self.output).absolute()
         return measure_needs(
             self.output,
             disk=(1 + self.keeps_base) * base + scores + REPORT_NBYTES + SMALL_NBYTES,
             memory=BASE_NBYTES + TORCH_NBYTES + memory + logits,
-            folder=folder if folder.exists() else folder.parent,
+            in_place=True,
             reused=_nbytes(self.output / WORK),
             locks=(self.output / WORK,),
         )
