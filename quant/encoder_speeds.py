@@ -101,9 +101,8 @@ def _is_refined(format: Format) -> bool:
 
 
 def _caches() -> list[Path]:
-    """Where numba keeps machine code: beside the sources, or where it or the user says."""
-    folders = [Path(quant.formats.__file__).parent / "__pycache__"]
-    for root in (os.environ.get("NUMBA_CACHE_DIR"), Path.home() / ".cache" / "numba"):
-        if root:
-            folders += Path(root).glob("formats_*")
-    return folders
+    """Where numba keeps machine code: where the user says, or beside the sources, or at home."""
+    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+        return list(Path(chosen).glob("formats_*"))
+    beside = Path(quant.formats.__file__).parent / "__pycache__"
+    return [beside, *(Path.home() / ".cache" / "numba").glob("formats_*")]

@@ -41,8 +41,8 @@ OVERHEAD = 1.3
 LOGIT_SECONDS = 12e-9
 """For each logit besides its product: exponentials, random numbers, maxima; on such a core."""
 
-CHARACTERS_A_TOKEN = 3
-"""Of a text, at the least: how many tokens a short one has is known before it is cut."""
+CHARACTERS_A_TOKEN = 2.5
+"""Of a text, at the least: about how many tokens a short one has is known before it is cut."""
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -107,7 +107,7 @@ def of_check(n_models: int, n_tokens: int) -> Work:
 def tokens_at_most(texts: Texts, n_tokens: int) -> int:
     """About how many tokens are cut from a text of which n_tokens are wanted."""
     n_characters = sum(len(record.text) for record in texts.records)
-    return max(1, min(n_tokens, n_characters // CHARACTERS_A_TOKEN))
+    return max(1, min(n_tokens, int(n_characters / CHARACTERS_A_TOKEN)))
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ def print_needs(needs, estimate) -> None:
     click.echo(f"Memory: {_against(needs.memory, needs.memory_free)}")
     click.echo(f"Time:   {estimate}")
     if needs.obstacle is not None:
-        text = f"CANNOT BE WRITTEN. {needs.obstacle.what}"
-        click.echo(textwrap.fill(text, 80, initial_indent="Output: ", subsequent_indent=" " * 8))
+        whole = {"break_on_hyphens": False, "break_long_words": False}  # of paths
+        lines = textwrap.wrap(f"Output: CANNOT BE WRITTEN. {needs.obstacle.what}", 72, **whole)
+        click.echo("\n        ".join(lines))
 
 
 def _narrow(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from quant.preflight import Needs, measure_needs
 _KINDS = {".html": "page", ".png": "picture", ".svg": "picture", ".csv": "table of this report"}
 
 
-REPORT_NBYTES, DRAWING_NBYTES = 8 << 20, 320 << 20
+REPORT_NBYTES, DRAWING_NBYTES = 4 << 20, 320 << 20
 """A page and its figures, at most; Python, numpy and matplotlib."""
 
 
