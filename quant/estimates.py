@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -62,10 +61,11 @@ def about(seconds: float) -> str:
 
 
 def core_speed() -> float:
-    """How fast one core is just now, against that of the benchmarks."""
+    """How fast one core is just now, against that of the benchmarks: less where other programs
+    want it too, which a trial of this length feels."""
     x = np.linspace(-1, 1, 1 << 15, dtype=np.float32)
     _round(x)  # numpy's first time takes longer
-    return REFERENCE_SECONDS / _seconds_of(lambda: _round(x), 15)
+    return REFERENCE_SECONDS / mean_seconds(lambda: _round(x), 0.04)
 
 
 def _round(x: np.ndarray) -> float:
@@ -74,14 +74,14 @@ def _round(x: np.ndarray) -> float:
     return float((error * error).sum())
 
 
-def _seconds_of(work: Callable[[], object], n: int) -> float:
-    """The median of n times."""
-    taken = []
-    for _ in range(n):
-        began = time.perf_counter()
+def mean_seconds(work: Callable[[], object], at_least: float) -> float:
+    """Of one time, done as often as so many seconds have room for."""
+    began, n, taken = time.perf_counter(), 0, 0.0
+    while taken < at_least:
         work()
-        taken.append(time.perf_counter() - began)
-    return median(taken)
+        n += 1
+        taken = time.perf_counter() - began
+    return taken / n
 
 
 def reading_seconds(files: Sequence[Path], nbytes: int) -> float:

@@ -265,3 +265,16 @@ def test_a_first_run_is_told_of(tiny_qwq, tmp_path, monkeypatch):
 
     monkeypatch.setattr(encoder_speeds, "sources_digest", lambda: "of other sources")
     assert told()
+
+
+def test_states_for_a_run_that_goes_on_lie_beside_the_output(tiny_qwq, tmp_path):
+    from quant.calibration.needs import LayerwiseRun, of_metrics
+    from quant.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(tiny_qwq)
+    works = tuple(of_metrics({"gradient"}, checkpoint))
+    facts = (checkpoint, works, 8192, 256, "cpu", tmp_path / "s.json", 1000)
+    temporary, saved = (LayerwiseRun(*facts, saves=saves).needs() for saves in (False, True))
+    one = 8192 * 256 * 4
+    assert temporary.temporary == 6 * one and temporary.disk < one
+    assert saved.temporary == 0 and saved.disk == temporary.disk + (6 + 3) * one

@@ -5,15 +5,14 @@ plain forwards of it; works are added up. torch is imported where there are any,
 """
 
 import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from quant.checkpoint import Checkpoint
 from quant.convert import worker_count
-from quant.estimates import Estimate, core_speed, reading_seconds
+from quant.estimates import Estimate, core_speed, mean_seconds, reading_seconds
 from quant.groups import find_groups
 from quant.preflight import SMALL_NBYTES, Needs, available_memory, measure_needs
 from quant.source import source_files
@@ -60,6 +59,7 @@ class Work:
     n_states: int = 1  # hidden states of all tokens that are held at once
     keeps_layers: bool = False  # the states of every layer, in a file
     feedback: bool = False  # H of every group, and its errors fed back
+    saved: int = 2  # states beside the output, for a run that goes on; more with keeps_layers
     sweeps: bool = False  # rather than put states into files, it runs the model more often
     n_tokens: int = 0  # of a text of its own, if it is not the calibration text
 
@@ -100,6 +100,7 @@ def of_check(n_models: int, n_tokens: int) -> Work:
         heads=n_models / 2,
         roundings=1,
         n_states=n_models,
+        saved=n_models + 1,
         n_tokens=n_tokens,
     )
 
@@ -182,6 +183,15 @@ def _most(numbers: Iterable[int]) -> int:
     return max(numbers, default=0)
 
 
+@dataclass(frozen=True)
+class _States:
+    """Bytes of hidden states."""
+
+    held: int  # in memory
+    in_files: int  # temporary ones
+    saved: int  # beside the output
+
+
 # --- one run ----------------------------------------------------------------------------------
 
 
@@ -196,20 +206,22 @@ class LayerwiseRun:
     device: str
     output: Path
     nbytes: int
+    saves: bool = False  # states for a run that goes on are kept beside the output meanwhile
 
     def needs(self) -> Needs:
         """Of a GPU's own memory nothing is said: it takes a layer in 16 bits. Raises CannotCreate
         if there is no folder for the output."""
         sizes, states = Sizes.of(self.checkpoint), [self._states(work) for work in self.works]
         at_work = [
-            TORCH_NBYTES + round(SPARE * (held + self._at_work(work, sizes)))
-            for work, (held, _) in zip(self.works, states, strict=True)
+            TORCH_NBYTES + round(SPARE * (state.held + self._at_work(work, sizes)))
+            for work, state in zip(self.works, states, strict=True)
         ]
+        saved = max((state.saved for state in states), default=0) if self.saves else 0
         return measure_needs(
             self.output,
-            disk=self.nbytes + SMALL_NBYTES,
+            disk=self.nbytes + saved + SMALL_NBYTES,
             memory=BASE_NBYTES + max(at_work, default=0),
-            temporary=max((in_files for _, in_files in states), default=0),
+            temporary=max((state.in_files for state in states), default=0),
         )
 
     def estimate(self, besides: float = 0.0) -> Estimate:
@@ -244,17 +256,21 @@ class LayerwiseRun:
         """Bytes of a number in the compute type."""
         return 4 if self.device == "cpu" else 2
 
-    def _states(self, work: Work) -> tuple[int, int]:
-        """Bytes of hidden states in memory and in temporary files, see HiddenStates."""
+    def _states(self, work: Work) -> _States:
+        """Of one work, see HiddenStates."""
         from quant.calibration.hidden_states import SHARE_OF_MEMORY
 
         hidden = self.checkpoint.config.get("hidden_size") or 1
         nbytes = (work.n_tokens or self.n_tokens) * hidden * self._width
         room = int(SHARE_OF_MEMORY * available_memory())
-        held = min(work.n_states, room // max(1, nbytes)) * nbytes
-        in_files = 0 if work.sweeps else work.n_states * nbytes - held
-        layers = Sizes.of(self.checkpoint).n_layers if work.keeps_layers else 0
-        return held, in_files + layers * nbytes
+        n_held = min(work.n_states, room // max(1, nbytes))
+        n_in_files = 0 if work.sweeps else work.n_states - n_held
+        n_saved = 2 * n_held if work.sweeps else work.saved
+        if work.keeps_layers and self.saves:  # the file of all layers is what is gone on from
+            n_saved += Sizes.of(self.checkpoint).n_layers + 1
+        elif work.keeps_layers:
+            n_in_files += Sizes.of(self.checkpoint).n_layers
+        return _States(n_held * nbytes, n_in_files * nbytes, n_saved * nbytes)
 
     def _at_work(self, work: Work, sizes: Sizes) -> int:
         """Bytes besides: the layer, what is read for it, activations, and what is made of it."""
@@ -310,13 +326,4 @@ def products_a_second(hidden: int, intermediate: int, seq_len: int, device: str)
             torch.cuda.synchronize()
 
     product()  # the first time, threads are started
-    return prod((rows, columns, hidden)) / _seconds(product)
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    """The mean of as many times as a fifth of a second has room for."""
-    began, n = time.perf_counter(), 0
-    while time.perf_counter() < began + 0.2:
-        work()
-        n += 1
-    return (time.perf_counter() - began) / n
+    return prod((rows, columns, hidden)) / mean_seconds(product, 0.2)

@@ -17,9 +17,10 @@ def calibration_tokens(checkpoint, calibration: Path | None, n_tokens: int, seq_
 
 def planned_run(
     checkpoint, works, output: Path, nbytes: int, calibration: Path | None, n_tokens: int,
-    seq_len: int, device: str,
+    seq_len: int, device: str, saves: bool = False,
 ):  # fmt: skip
-    """What running the model will take, a LayerwiseRun. Raises BadInput, Unavailable."""
+    """What running the model will take, a LayerwiseRun. saves: states are kept beside the output,
+    for a run that goes on. Raises BadInput, Unavailable."""
     from quant.calibration.needs import LayerwiseRun, tokens_at_most
     from quant.texts import built_in_texts, read_texts
 
@@ -30,7 +31,7 @@ def planned_run(
         check_context(checkpoint, seq_len)
         texts = built_in_texts() if calibration is None else read_texts(calibration)
         n_tokens, device = tokens_at_most(texts, n_tokens), choose_device(device)
-    return LayerwiseRun(checkpoint, tuple(works), n_tokens, seq_len, device, output, nbytes)
+    return LayerwiseRun(checkpoint, tuple(works), n_tokens, seq_len, device, output, nbytes, saves)
 
 
 def preflight(run, dry_run: bool) -> None:
