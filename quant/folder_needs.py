@@ -2,17 +2,16 @@
 
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from quant.calibration.needs import FEEDBACK, GRADIENT, LayerwiseRun, Work, of_check, of_metrics
 from quant.checkpoint import Checkpoint
-from quant.convert import worker_count
 from quant.dynamic_4bit import Plan4bit
 from quant.estimates import (
     Estimate,
     core_speed,
+    encoding_seconds,
     reading_seconds,
-    verifying_seconds,
+    storing_seconds,
     writing_seconds,
 )
 from quant.gptq_model import GptqPlan
@@ -59,10 +58,10 @@ def _small_files(checkpoint: Checkpoint) -> int:
 def folder_estimate(run: LayerwiseRun, plan: Plan4bit | GptqPlan) -> Estimate:
     """How long all of it takes: the run of the model, and writing the folder."""
     files, speed = source_files(plan.checkpoint), core_speed()
-    seconds = reading_seconds(files, sum(path.stat().st_size for path in files))
+    busy = reading_seconds(files, sum(path.stat().st_size for path in files))
+    busy += storing_seconds(run.nbytes, speed)
     if isinstance(plan, Plan4bit) and not plan.feedback:
         rate = SEARCHED_A_SECOND if plan.format.search_scales else PLAIN_A_SECOND
         n = sum(group_nbytes for _, group_nbytes in plan.group_sizes) // 2
-        seconds += n / rate / speed / worker_count()
-    seconds = max(seconds, writing_seconds(Path(run.output).absolute().parent, run.nbytes))
-    return run.estimate(seconds + verifying_seconds(run.nbytes, speed))
+        busy += encoding_seconds([(n, rate)], speed)
+    return run.estimate(max(busy, writing_seconds(run.output.absolute().parent, run.nbytes)))

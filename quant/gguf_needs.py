@@ -10,7 +10,7 @@ from quant.estimates import (
     core_speed,
     encoding_seconds,
     reading_seconds,
-    verifying_seconds,
+    storing_seconds,
     writing_seconds,
 )
 from quant.formats import FORMATS
@@ -69,7 +69,7 @@ def _compiling(plan: Plan) -> int:
 def gguf_estimate(job: Job, output: Path, planning: float) -> Estimate:
     """How long it takes. planning: seconds that were taken to plan it, as a real run takes too.
 
-    Reading and encoding go on while what is ready is flushed to the disk; then it is read back.
+    Reading and encoding go on while what is ready is flushed to the disk.
     """
     encoded = [a for a in job.plan.assignments if not a.is_copy and a.format.name != a.source.dtype]
     speed = core_speed()
@@ -84,8 +84,8 @@ def gguf_estimate(job: Job, output: Path, planning: float) -> Estimate:
     reading = reading_seconds(sources, sum(path.stat().st_size for path in sources))
     nbytes = job.plan.nbytes
     writing = writing_seconds(output.parent, nbytes)
-    seconds = planning + max(reading + encoding_seconds(work, speed), writing)
-    seconds += verifying_seconds(nbytes, speed)
+    busy = reading + encoding_seconds(work, speed) + storing_seconds(nbytes, speed)
+    seconds = planning + max(busy, writing)
     return Estimate(seconds, len(missing), len(missing) * COMPILING_SECONDS / speed)
 
 
