@@ -67,11 +67,9 @@ def about(seconds: float) -> str:
 
 
 def core_speed() -> float:
-    """How fast one core is just now, against that of the benchmarks: less where other programs
-    want it too, which a trial of this length feels."""
+    """How fast one core is just now, against that of the benchmarks."""
     x = np.linspace(-1, 1, 1 << 15, dtype=np.float32)
-    _round(x)  # numpy's first time takes longer
-    return REFERENCE_SECONDS / mean_seconds(lambda: _round(x), 0.04)
+    return REFERENCE_SECONDS / seconds_of(lambda: _round(x), 0.005)
 
 
 def _round(x: np.ndarray) -> float:
@@ -80,14 +78,25 @@ def _round(x: np.ndarray) -> float:
     return float((error * error).sum())
 
 
-def mean_seconds(work: Callable[[], object], at_least: float) -> float:
-    """Of one time, done as often as so many seconds have room for."""
-    began, n, taken = time.perf_counter(), 0, 0.0
-    while taken < at_least:
+def seconds_of(work: Callable[[], object], at_least: float) -> float:
+    """The shortest of as many times as so many seconds have room for, and more where other programs
+    want the processor too: a trial so short is seldom interrupted, hours of work always are."""
+    ends, shortest = time.perf_counter() + at_least, float("inf")
+    work()  # the first time takes longer: threads are started, memory is fetched
+    while shortest == float("inf") or time.perf_counter() < ends:
+        began = time.perf_counter()
         work()
-        n += 1
-        taken = time.perf_counter() - began
-    return taken / n
+        shortest = min(shortest, time.perf_counter() - began)
+    return shortest / _share_of_processor()
+
+
+def _share_of_processor() -> float:
+    """What is left for a program more, if all that wanted a core of late go on to."""
+    try:
+        wanted = os.getloadavg()[0]
+    except OSError:
+        return 1.0
+    return min(1.0, (os.cpu_count() or 1) / (wanted + 1))
 
 
 def reading_seconds(files: Sequence[Path], nbytes: int) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quant.checkpoint import Checkpoint
 from quant.convert import worker_count
-from quant.estimates import Estimate, core_speed, mean_seconds, reading_seconds
+from quant.estimates import Estimate, core_speed, reading_seconds, seconds_of
 from quant.groups import find_groups
 from quant.preflight import SMALL_NBYTES, Needs, available_memory, measure_needs
 from quant.source import source_files
@@ -42,6 +42,9 @@ LOGIT_SECONDS = 12e-9
 
 CHARACTERS_A_TOKEN = 2.5
 """Of a text, at the least: about how many tokens a short one has is known before it is cut."""
+
+TRIED, TRIED_ON_GPU = 1 << 26, 1 << 32
+"""Multiply-adds of a product that is timed: a millisecond, which is seldom interrupted."""
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -310,13 +313,13 @@ def _feedback_products(checkpoint: Checkpoint, n_tokens: int) -> float:
 
 
 def products_a_second(hidden: int, intermediate: int, seq_len: int, device: str) -> float:
-    """Multiply-adds a second in a product of a layer's shape, but of a moderate size."""
+    """Multiply-adds a second in a product of a layer's shape, but of TRIED's size."""
     import torch
     from torch.nn import functional as F
 
     rows = min(seq_len, 256)
-    columns = min(intermediate, max(64, (1 << 28) // (rows * hidden)))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    size, dtype = (TRIED, torch.float32) if device == "cpu" else (TRIED_ON_GPU, torch.bfloat16)
+    columns = min(intermediate, max(64, size // (rows * hidden)))
     x = torch.ones(rows, hidden, dtype=dtype, device=device)
     w = torch.ones(columns, hidden, dtype=dtype, device=device)
 
@@ -325,5 +328,4 @@ def products_a_second(hidden: int, intermediate: int, seq_len: int, device: str)
         if y.is_cuda:
             torch.cuda.synchronize()
 
-    product()  # the first time, threads are started
-    return prod((rows, columns, hidden)) / mean_seconds(product, 0.2)
+    return prod((rows, columns, hidden)) / seconds_of(product, 0.2)

@@ -69,7 +69,7 @@ class EvaluationRun:
         if is_base_file(self.reference.path):
             base = 0
         scores = scored * (8 + SCORES.itemsize * len(self.candidates))
-        logits = 8 * n_vocab * self.wishes.n_ctx
+        logits = 12 * n_vocab * self.wishes.n_ctx
         memory = max((sizes.nbytes for sizes in self._models()), default=0)
         return measure_needs(
             self.output,
@@ -91,7 +91,7 @@ class EvaluationRun:
             read = reading_seconds(sizes.files, sum(path.stat().st_size for path in sizes.files))
             of_core = STARTING_SECONDS + sizes.n_weights / LOADED_A_SECOND
             of_core += SCORED_SECONDS * n_tokens / 2 * n_vocab
-            seconds += of_core / speed + read + 1.3 * sizes.n_weights * n_tokens / rate
+            seconds += of_core / speed + read + sizes.n_weights * n_tokens / rate
             seconds += n_drawn * sizes.nbytes / DRAWN_A_SECOND / speed
         return Estimate(seconds)
 
