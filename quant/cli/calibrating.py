@@ -46,8 +46,8 @@ def preflight(run, dry_run: bool) -> None:
     needs = run.needs()
     if not dry_run:
         return needs.require()
-    name = printable(run.checkpoint.name)
-    click.echo(f"{name} runs layer by layer over about {run.n_tokens} tokens.")
+    text = f" over about {run.n_tokens} tokens" if any(w.forwards for w in run.works) else ""
+    click.echo(f"{printable(run.checkpoint.name)} is taken layer by layer{text}.")
     print_needs(needs, run.estimate())
     raise click.exceptions.Exit(needs.exit_code)
 
