@@ -315,11 +315,40 @@ def _lock_alone(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CannotCreate(
-            f"Another run is writing {printable(path)} just now.",
-            "",
-            "Wait for it, or choose another output with -o.",
-        ) from None
+        raise being_written(path) from None
+
+
+def is_locked(place: Path) -> bool:
+    """Whether a run holds `place`, a file or folder, just now. Nothing is taken or made: a shared
+    lock is let go of at once.
+    """
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # there is none, or it is not for us to see
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def locks_of(path: Path) -> tuple[Path, Path]:
+    """What is locked while `path` is being written: either of them, or both."""
+    return journal_path(path), temporary_path(path)
+
+
+def being_written(path: Path) -> CannotCreate:
+    """The refusal of a run whose output another one is writing."""
+    return CannotCreate(
+        f"Another run is writing {printable(path)} just now.",
+        "",
+        "Wait for it, or choose another output with -o.",
+    )
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from quant import manifest
 from quant.convert import Change, Progress, convert
 from quant.durable import PendingFile, temporary_path, undisturbed
+from quant.estimates import Estimate
 from quant.fingerprint import fingerprint
 from quant.gguf_file import MAGIC, TensorEntry, Value, split_paths, tensor_nbytes
 from quant.journal import Journal, Resume
@@ -259,7 +260,7 @@ def result_summary(job: Job, result: Result) -> dict:
     }
 
 
-def describe_json(job: Job, needs: Needs) -> str:
+def describe_json(job: Job, needs: Needs, estimate: Estimate) -> str:
     """The job as JSON, for `--dry-run --format json`."""
     plan = job.plan
     return json.dumps(
@@ -269,7 +270,7 @@ def describe_json(job: Job, needs: Needs) -> str:
             "n_weights": plan.n_weights,
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "files": len(plan.files),
-            "needs": {**asdict(needs), "fits": needs.fits},
+            "needs": {**needs.as_json(), **estimate.as_json()},
             "tensors": [
                 {
                     "name": a.name,

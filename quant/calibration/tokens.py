@@ -55,7 +55,7 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
     text than asked for, the sequences are spread evenly over it, so that all its kinds are seen.
     Raises BadInput if there is too little text for one sequence, or the model has no such context.
     """
-    _check_context(checkpoint, seq_len)
+    check_context(checkpoint, seq_len)
     tokenizer = read_tokenizer(checkpoint.folder)
     start = _start_tokens(tokenizer)
     encoded = (
@@ -84,7 +84,7 @@ def context_length(checkpoint: Checkpoint) -> float:
     return stated if type(stated) is int and stated > 0 else math.inf
 
 
-def _check_context(checkpoint: Checkpoint, seq_len: int) -> None:
+def check_context(checkpoint: Checkpoint, seq_len: int) -> None:
     """Raise BadInput for sequences that are longer than the model's context."""
     if seq_len > (longest := context_length(checkpoint)):
         raise BadInput(

@@ -88,14 +88,15 @@ from quant.cli import options
     show_default=True,
     help="For folders: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.",
 )
+@options.dry_run
 @options.force
 @options.output_format
 @options.model_options
 @options.debug
 def command(
     model, candidates, output, text, n_tokens, n_ctx, loops, prompts, profiles, seeds,
-    loop_tokens, questions, tasks, task_limit, run_code, base_file, device, force, output_format,
-    **where,
+    loop_tokens, questions, tasks, task_limit, run_code, base_file, device, dry_run, force,
+    output_format, **where,
 ):  # fmt: skip
     """Measure how much each of CANDIDATES lost against MODEL, whatever their formats.
 
@@ -141,8 +142,9 @@ def command(
         device=device,
     )
     started = time.monotonic()
+    reference, found, missing = _find(model, candidates, where)
+    _preflight(reference, found, wishes, output, base_file is not None, dry_run, output_format)
     with _Bars() as bars:
-        reference, found, missing = _find(model, candidates, where)
         evaluation = evaluate(reference, found, wishes, output, bars, missing, base_file)
     files = write_report(evaluation, output, force=force)
     if output_format == "json":
@@ -155,6 +157,33 @@ def command(
         print_evaluation(evaluation)
         click.echo(f"\n{files[0]}, in {time.monotonic() - started:.1f} s.")
     return 65 if evaluation.failed else 0
+
+
+def _preflight(
+    reference, found, wishes, output: Path, keeps_base: bool, dry_run: bool, output_format: str
+) -> None:
+    """Refuse what cannot fit. A dry run ends here: what it takes is printed."""
+    from quant.calibration.device import choose_device
+    from quant.evaluation.needs import EvaluationRun
+
+    device = choose_device(wishes.device)
+    run = EvaluationRun(reference, found, wishes, output, device, keeps_base)
+    needs = run.needs()
+    if not dry_run:
+        return needs.require()
+    estimate = run.estimate()
+    if output_format == "json":
+        import json
+
+        click.echo(json.dumps({"needs": {**needs.as_json(), **estimate.as_json()}}, indent=1))
+    else:
+        from quant.cli.plan_table import print_needs, print_note
+
+        click.echo(f"{1 + len(found)} models read about {run.n_tokens} tokens, one by one.")
+        print_needs(needs, estimate)
+        if wishes.tasks:
+            print_note("How long lm-eval's tasks take is not known beforehand.")
+    raise click.exceptions.Exit(needs.exit_code)
 
 
 def _check_device(device: str) -> None:
