@@ -96,12 +96,14 @@ def test_a_read_only_file_system_is_refused_before_any_work(name, tiny_qwq, read
 
 
 def test_too_little_room_for_temporary_files(tiny_qwq, small_disk, tmp_path, monkeypatch):
+    """With --resume never: else they are kept beside the output."""
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    planned = run("measure", tiny_qwq, tmp_path, "--dry-run", "--tokens", "8192")
+    asked = "measure", tiny_qwq, tmp_path, "--tokens", "8192", "--resume", "never"
+    planned = run(*asked, "--dry-run")
     (line,) = [line for line in planned.stdout.splitlines() if line.startswith("Files:")]
     # the input of each of 6 layers: 8192 tokens x 256 x 4 bytes
     assert "needs 50.3 MB, 1.0 MB free" in line and "DOES NOT FIT, 49.3 MB too little" in line
-    real = run("measure", tiny_qwq, tmp_path, "--tokens", "8192")
+    real = run(*asked)
     assert real.exit_code == planned.exit_code == 74 and "Set TMPDIR" in real.stderr
     assert os.listdir(tmp_path) == os.listdir(small_disk) == []
 

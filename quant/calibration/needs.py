@@ -63,11 +63,12 @@ class Work:
     keeps_layers: bool = False  # the states of every layer, in a file
     feedback: bool = False  # H of every group, and its errors fed back
     saved: int = 2  # states beside the output, for a run that goes on; more with keeps_layers
+    saves_sums: bool = False  # beside each of them, a float64 for every input of every matrix
     sweeps: bool = False  # rather than put states into files, it runs the model more often
     n_tokens: int = 0  # of a text of its own, if it is not the calibration text
 
 
-IMPORTANCE = Work(1.1)
+IMPORTANCE = Work(1.1, saves_sums=True)
 KV_SCALES = Work(1.0)
 FEEDBACK = Work(2.4, feedback=True)
 """A layer runs once for each group, as far as that, and once to its end."""
@@ -167,6 +168,12 @@ def numbers_nbytes(checkpoint: Checkpoint) -> int:
     return sum(1000 + 4 * info.n_columns for info in matrices)
 
 
+def _sums_nbytes(checkpoint: Checkpoint) -> int:
+    """Of a sum for every input of every matrix in a layer, and a number of tokens."""
+    inner = (info for name, info in checkpoint.tensors.items() if _LAYER.search(name))
+    return 8 * sum(1 + info.n_columns for info in inner if len(info.shape) == 2)
+
+
 def _linears_by_layer(tensors: dict[str, TensorInfo]) -> dict[int, int]:
     """Weights of each layer's groups."""
     found: dict[int, int] = {}
@@ -220,6 +227,8 @@ class LayerwiseRun:
             for work, state in zip(self.works, states, strict=True)
         ]
         saved = max((state.saved for state in states), default=0) if self.saves else 0
+        if saved and any(work.feedback for work in self.works):
+            saved += self._hidden_nbytes(self.n_tokens)  # its last ones stay to the end
         return measure_needs(
             self.output,
             disk=self.nbytes + saved + SMALL_NBYTES,
@@ -262,18 +271,27 @@ class LayerwiseRun:
     def _states(self, work: Work) -> _States:
         """Of one work, see HiddenStates."""
         from quant.calibration.hidden_states import SHARE_OF_MEMORY
+        from quant.measuring.kld import n_together
 
-        hidden = self.checkpoint.config.get("hidden_size") or 1
-        nbytes = (work.n_tokens or self.n_tokens) * hidden * self._width
+        nbytes = self._hidden_nbytes(work.n_tokens or self.n_tokens)
         room = int(SHARE_OF_MEMORY * available_memory())
         n_held = min(work.n_states, room // max(1, nbytes))
-        n_in_files = 0 if work.sweeps else work.n_states - n_held
-        n_saved = 2 * n_held if work.sweeps else work.saved
+        n_in_files, n_saved = work.n_states - n_held, work.saved
+        if work.sweeps:
+            n_held = 1 + min(work.n_states, n_together(nbytes))  # with the reference
+            n_in_files, n_saved = 0, 2 * n_held
         if work.keeps_layers and self.saves:  # the file of all layers is what is gone on from
             n_saved += Sizes.of(self.checkpoint).n_layers + 1
         elif work.keeps_layers:
             n_in_files += Sizes.of(self.checkpoint).n_layers
-        return _States(n_held * nbytes, n_in_files * nbytes, n_saved * nbytes)
+        saved = n_saved * nbytes
+        if work.saves_sums:
+            saved += work.saved * _sums_nbytes(self.checkpoint)
+        return _States(n_held * nbytes, n_in_files * nbytes, saved)
+
+    def _hidden_nbytes(self, n_tokens: int) -> int:
+        """Of the states of so many tokens between two layers."""
+        return n_tokens * (self.checkpoint.config.get("hidden_size") or 1) * self._width
 
     def _at_work(self, work: Work, sizes: Sizes) -> int:
         """Bytes besides: the layer, what is read for it, activations, and what is made of it."""
