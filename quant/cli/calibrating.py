@@ -47,7 +47,8 @@ def preflight(run, dry_run: bool) -> None:
     if not dry_run:
         return needs.require()
     text = f" over about {run.n_tokens} tokens" if any(w.forwards for w in run.works) else ""
-    click.echo(f"{printable(run.checkpoint.name)} is taken layer by layer{text}.")
+    name = printable(Path(run.checkpoint.name).absolute().name, 36)
+    click.echo(f"{name} is taken layer by layer{text}.")
     print_needs(needs, run.estimate())
     raise click.exceptions.Exit(needs.exit_code)
 
