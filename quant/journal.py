@@ -133,9 +133,11 @@ class Journal:
     """
 
     def __init__(
-        self, output: Path, fingerprint: dict, resume: Resume, unit_name: str, n_units: int
+        self, output: Path, fingerprint: dict, resume: Resume, unit_name: str, n_units: int | None
     ):
         """Lock and read it. Raises CannotCreate if another run writes `output`.
+
+        n_units: of the whole job; None if that is not known beforehand.
 
         With mode "required": InputMissing if there is nothing to go on with, BadInput if it was
         another job's; nothing is changed then.
@@ -143,7 +145,7 @@ class Journal:
         self.output, self._fingerprint, self._resume = output, fingerprint, resume
         self._unit_name, self._n_units = unit_name, n_units
         self._held: list[Held] = []
-        self._begun = False
+        self._begun, self._is_left = False, False
         self._n_done = 0
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flushing: tuple[Future, int] | None = None  # and the units that will be on the disk
@@ -216,7 +218,7 @@ class Journal:
     def _say_what_begins(self, n_units: int) -> None:
         shown = printable(self.output)
         if n_units:
-            done = f"{n_units} of {self._n_units} {self._unit_name}"
+            done = self._amount(n_units)
             self._resume.say(f"Going on after {done} of an interrupted run on {shown}.")
         elif self._resume.mode != "never" and (self.abandoned is not None or self.units):
             why = "what it wrote is no longer there"
@@ -225,6 +227,10 @@ class Journal:
             self._resume.say(
                 f"An interrupted run on {shown} cannot be continued, so it starts over; {why}."
             )
+
+    def _amount(self, n_units: int) -> str:
+        of = "" if self._n_units is None else f" of {self._n_units}"
+        return f"{n_units}{of} {self._unit_name}"
 
     def _what_differs(self) -> str:
         found = differences(self.abandoned, self._fingerprint)
@@ -264,6 +270,17 @@ class Journal:
                 self._write_line({"complete": facts})
                 os.fsync(self._descriptor)
         self.completed = facts
+
+    def leave(self) -> None:
+        """The job is done, but part of it failed and may be mended: keep all for a run that goes on
+        with it, unless the mode is "never".
+        """
+        if self._resume.mode == "never" or self._n_done == 0:
+            return
+        with translated_errors(self.output):
+            self._write_line({"complete": None})  # the next run has to ask before it replaces files
+            os.fsync(self._descriptor)
+        self.completed, self._is_left = None, True
 
     # --- flushing -----------------------------------------------------------------------------
 
@@ -330,7 +347,9 @@ class Journal:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        if error is None:
+        if error is None and self._is_left:
+            self._leave_as_found()
+        elif error is None:
             self._remove()
         elif not self._begun:
             self._leave_as_found()
@@ -410,8 +429,8 @@ class Journal:
 
     def _tell_what_is_kept(self, error: BaseException) -> None:
         kept = (
-            f"{self._n_done} of {self._n_units} {self._unit_name} are finished and kept in hidden "
-            f"files beside {printable(self.output)}."
+            f"{self._amount(self._n_done)} are finished and kept in hidden files beside "
+            f"{printable(self.output)}."
         )
         if self.completed is not None:
             kept = "All is written and verified, but not all has its name or is recorded."

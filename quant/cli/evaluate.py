@@ -1,6 +1,7 @@
 """qwq-quant evaluate: how much each of many candidates lost, on one scale."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -89,21 +90,23 @@ from quant.cli import options
     help="For folders: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.",
 )
 @options.force
+@options.resume
 @options.output_format
 @options.model_options
 @options.debug
 def command(
     model, candidates, output, text, n_tokens, n_ctx, loops, prompts, profiles, seeds,
-    loop_tokens, questions, tasks, task_limit, run_code, base_file, device, force, output_format,
-    **where,
+    loop_tokens, questions, tasks, task_limit, run_code, base_file, device, force, resume,
+    output_format, **where,
 ):  # fmt: skip
     """Measure how much each of CANDIDATES lost against MODEL, whatever their formats.
 
     Folders (16-bit, bitsandbytes, GPTQ) run in transformers, .gguf files in llama.cpp, folders that
     do not fit in memory layer by layer. Perplexity, KL divergence and top-token agreement have
     llama.cpp's definitions. MODEL may also be a file of its --kl-divergence-base. A candidate that
-    cannot be measured is named and left out, and the exit code is 65 then. Run the same command
-    again after an interruption: it goes on.
+    cannot be measured is named and left out, and the exit code is 65 then. What is measured is kept
+    in a hidden folder in the report's until the report is there, or, if a candidate was left out,
+    until that is mended: the same command goes on.
 
     \b
     Examples:
@@ -112,18 +115,13 @@ def command(
           --loops --prompts flappy-bird --loop-tokens 16384 \\
           --sampling qwen-official --sampling unsloth
     """
-    from quant.evaluation.base_file import MAGIC
-    from quant.evaluation.evaluate import evaluate
+    from quant.cli.resuming import resuming
+    from quant.display import printable
+    from quant.evaluation.evaluate import PAGE, evaluate
     from quant.evaluation.measuring import Loops, Wishes
     from quant.evaluation.report import check_places, write_report
-    from quant.output_file import check_output_file
     from quant.texts import held_out_texts, read_texts
 
-    check_places(output, force=force)
-    if base_file is not None:
-        check_output_file(
-            base_file, force=force, sources=(), starts_with=MAGIC, kind="file of distributions"
-        )
     _check_device(device)
     if tasks:
         from quant.evaluation.lm_eval_bridge import check_tasks
@@ -141,10 +139,25 @@ def command(
         device=device,
     )
     started = time.monotonic()
-    with _Bars() as bars:
-        reference, found, missing = _find(model, candidates, where)
-        evaluation = evaluate(reference, found, wishes, output, bars, missing, base_file)
-    files = write_report(evaluation, output, force=force)
+    reference, found, missing = _find(model, candidates, where)
+
+    def check(again: bool) -> None:
+        check_places(output, force=force or again)
+        _check_base_file(base_file, force or again)
+
+    with _Bars() as bars, resuming(resume, "window or answer") as going_on:
+        evaluation = evaluate(
+            reference,
+            found,
+            wishes,
+            output,
+            bars,
+            missing,
+            base_file,
+            resume=replace(going_on, command=options.typed_command()),
+            check=check,
+            publish=lambda evaluation: write_report(evaluation, output, force=True),
+        )
     if output_format == "json":
         import json
 
@@ -153,8 +166,35 @@ def command(
         from quant.cli.evaluation_table import print_evaluation
 
         print_evaluation(evaluation)
-        click.echo(f"\n{files[0]}, in {time.monotonic() - started:.1f} s.")
+        click.echo(f"\n{printable(output / PAGE)}, in {time.monotonic() - started:.1f} s.")
+    if evaluation.failed:
+        _tell_what_is_kept(output)
     return 65 if evaluation.failed else 0
+
+
+def _check_base_file(path: Path | None, force: bool) -> None:
+    from quant.evaluation.base_file import MAGIC
+    from quant.output_file import check_output_file
+
+    if path is not None:
+        check_output_file(
+            path, force=force, sources=(), starts_with=MAGIC, kind="file of distributions"
+        )
+
+
+def _tell_what_is_kept(output: Path) -> None:
+    """After a run that left a candidate out."""
+    from quant.cli.plan_table import print_note
+    from quant.display import human_bytes, printable
+    from quant.evaluation.evaluate import WORK, kept_nbytes
+
+    if nbytes := kept_nbytes(output):
+        print_note(
+            f"What was measured is kept, {human_bytes(nbytes)} in {printable(output / WORK)}: mend "
+            "what was left out and run the same command with --force, which measures only that. "
+            "Or remove the folder.",
+            err=True,
+        )
 
 
 def _check_device(device: str) -> None:

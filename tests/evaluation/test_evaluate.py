@@ -24,13 +24,14 @@ from quant.evaluation import evaluate as evaluation_room
 from quant.evaluation import measuring
 from quant.evaluation.base_file import encode_header, encode_rows
 from quant.evaluation.chunks import cut_chunks
-from quant.evaluation.evaluate import WORK, Model, evaluate
+from quant.evaluation.evaluate import PAGE, WORK, Model, evaluate
 from quant.evaluation.isolation import run_isolated
 from quant.evaluation.measuring import Wishes
 from quant.evaluation.questions import Question
 from quant.evaluation.runners import open_runner
 from quant.evaluation.window_file import WindowFile
 from quant.gguf_file import open_gguf
+from quant.journal import Journal, Resume
 from quant.texts import held_out_texts
 
 CATEGORIES = ("code", "english", "reasoning", "language")
@@ -241,13 +242,11 @@ def test_an_interrupted_run_goes_on(models, wishes, tmp_path):
 
 
 def test_two_runs_on_one_folder(models, wishes, tmp_path):
-    with evaluation_room._work_folder(_made(tmp_path / "r")), pytest.raises(CannotCreate):
+    (tmp_path / "r").mkdir()
+    asked = evaluation_room._fingerprint(Model("F32", models["F32"]), wishes)
+    other = Journal(tmp_path / "r" / PAGE, asked, Resume(), "windows", None)
+    with other, pytest.raises(CannotCreate, match="Another run"):
         measure(models, ["Q8_0"], wishes, tmp_path / "r")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def test_too_little_disk_is_said_before_any_work(models, wishes, tmp_path, monkeypatch):
