@@ -1,10 +1,13 @@
 """qwq-quant evaluate: how much each of many candidates lost, on one scale."""
 
+import os
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from quant.cli import options
 
@@ -115,6 +118,8 @@ def command(
           --loops --prompts flappy-bird --loop-tokens 16384 \\
           --sampling qwen-official --sampling unsloth
     """
+    _refuse_options_without_use(loops, tasks)
+
     from quant.cli.resuming import resuming
     from quant.display import printable
     from quant.evaluation.evaluate import PAGE, evaluate
@@ -172,6 +177,20 @@ def command(
     return 65 if evaluation.failed else 0
 
 
+def _refuse_options_without_use(loops: bool, tasks: str | None) -> None:
+    """Raise UsageError for options that only count with another one that was not given."""
+    context = click.get_current_context()
+    of_others = {
+        "--loops": () if loops else ("prompts", "profiles", "seeds", "loop_tokens"),
+        "--tasks": () if tasks else ("task_limit", "run_code"),
+    }
+    for other, names in of_others.items():
+        for option in context.command.params:
+            typed = context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+            if option.name in names and typed:
+                raise click.UsageError(f"{option.opts[0]} is of no use without {other}.")
+
+
 def _check_base_file(path: Path | None, force: bool) -> None:
     from quant.evaluation.base_file import MAGIC
     from quant.output_file import check_output_file
@@ -186,15 +205,17 @@ def _tell_what_is_kept(output: Path) -> None:
     """After a run that left a candidate out."""
     from quant.cli.plan_table import print_note
     from quant.display import human_bytes, printable
-    from quant.evaluation.evaluate import WORK, kept_nbytes
+    from quant.durable import journal_path
+    from quant.evaluation.evaluate import PAGE, WORK, kept_nbytes
 
     if nbytes := kept_nbytes(output):
         print_note(
-            f"What was measured is kept, {human_bytes(nbytes)} in {printable(output / WORK)}: mend "
-            "what was left out and run the same command with --force, which measures only that. "
-            "Or remove the folder.",
+            f"What was measured is kept, {human_bytes(nbytes)}: mend what was left out and run the "
+            "same command with --force, which measures only that. Or remove it:",
             err=True,
         )
+        kept = (output / WORK, journal_path(output / PAGE))
+        click.echo(f"rm -r {shlex.join(printable(place, 4096) for place in kept)}", err=True)
 
 
 def _check_device(device: str) -> None:
@@ -226,7 +247,10 @@ def _find(model: str, candidates: tuple[str, ...], where: dict):
     from quant.hub import resolve
 
     path = Path(model)
-    candidates = tuple(dict.fromkeys(candidates))  # typed twice, measured once
+    places = {}
+    for name in candidates:  # typed twice, measured once
+        places.setdefault(os.path.normpath(name), name)
+    candidates = tuple(places.values())
     among = (model, *candidates)
     reference = Model(
         _short(model, among), path if is_base_file(path) else resolve(model, **where).path

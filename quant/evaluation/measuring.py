@@ -136,7 +136,7 @@ def measure_reference(
     with locked_folder(folder), open_runner(path, wishes.device) as runner:
         chunks = cut_chunks(runner, wishes.texts, wishes.n_ctx, wishes.n_tokens)
         _warn_of_long_windows(runner, wishes.n_ctx, say)
-        _try_template(runner, wishes)
+        _try_answering(runner, wishes)
         key = key_of(identity(path, wishes), hashlib.sha256(chunks.inputs.tobytes()).hexdigest())
         reference = Reference(
             folder / f"{key}.kld", folder / f"{key}.nll", chunks.categories, _n_weights(path)
@@ -228,7 +228,7 @@ def measure_candidate(
         return scores, _read_answers(answers)
     with locked_folder(folder), open_runner(path, wishes.device) as runner:
         _check_vocabulary(runner, base, reference, wishes)
-        _try_template(runner, wishes)
+        _try_answering(runner, wishes)
         chunks = base.chunks(runner.bos)
         with WindowFile(scores, b"", SCORES.itemsize * n_scored) as done:
             first = done.n_records
@@ -296,8 +296,12 @@ def _answers_path(path: Path, wishes: Wishes, folder: Path) -> Path:
     return folder / f"{key_of(identity(path, wishes), asked)}.answers.json"
 
 
-def _try_template(runner: Runner, wishes: Wishes) -> None:
-    """Raise BadInput for a chat template that fails, before hours of reading."""
+def _try_answering(runner: Runner, wishes: Wishes) -> None:
+    """Before hours of reading: raise BadInput for a chat template that fails, Unavailable for a
+    model that cannot answer.
+    """
+    if not runner.can_answer and (wishes.loops or wishes.questions or wishes.tasks):
+        runner.begin(np.zeros(1, np.int32), 1)
     prompts = wishes.loops.prompts if wishes.loops else ()
     asked = [*(p.text for p in prompts), *(q.question for q in wishes.questions)]
     runner.prompts(asked)

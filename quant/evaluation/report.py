@@ -166,7 +166,7 @@ def _overview(evaluation: Evaluation, drawings: dict[str, Drawing]) -> Section:
             f"perplexity {_plus_minus(reference.ppl, '.3f')}",
         ),
         (
-            decimals(nearest.statistics.kld.value, 5),
+            divergence(nearest.statistics.kld).partition(" ±")[0],
             f"nats, the least divergence: {nearest.name}",
             size_text(nearest.nbytes, nearest.bits_per_weight),
         ),
