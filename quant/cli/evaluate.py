@@ -192,12 +192,23 @@ def _refuse_options_without_use(loops: bool, tasks: str | None) -> None:
 
 
 def _check_base_file(path: Path | None, force: bool) -> None:
+    """Refuse before hours of work what could not be written after them."""
+    from quant.display import printable
+    from quant.errors import CannotCreate
     from quant.evaluation.base_file import MAGIC
     from quant.output_file import check_output_file
 
-    if path is not None:
-        check_output_file(
-            path, force=force, sources=(), starts_with=MAGIC, kind="file of distributions"
+    if path is None:
+        return
+    check_output_file(
+        path, force=force, sources=(), starts_with=MAGIC, kind="file of distributions"
+    )
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        shown = printable(path.parent)
+        raise CannotCreate(
+            f"{printable(path)} cannot be written.",
+            f"There is no folder {shown}." if not path.parent.is_dir() else f"{shown} is not ours.",
+            "Choose another place with --base-file.",
         )
 
 

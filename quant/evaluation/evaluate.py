@@ -219,8 +219,12 @@ def evaluate(
 
 @contextlib.contextmanager
 def _made_folder(output: Path) -> Iterator[None]:
-    """The report's folder; gone at the end if it is new and nothing is in it."""
+    """The report's folder; gone at the end if it is new and still empty. Raises CannotCreate."""
     is_new = not output.exists()
+    if not is_new and not output.is_dir():
+        raise CannotCreate(
+            f"{printable(output)} is not a folder.", "", "Choose another folder with -o."
+        )
     with translated_errors(output):
         output.mkdir(exist_ok=True)
     try:

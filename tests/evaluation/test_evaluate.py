@@ -188,6 +188,16 @@ def test_missing_candidates_are_told_first(models, tmp_path):
     assert json.loads((tmp_path / "r" / "results.json").read_text())["settings"]["device"] == "cpu"
 
 
+def test_places_that_cannot_be_written_are_refused_before_any_work(models, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CannotCreate, match="not a folder"):
+        run_command(models["F32"], models["Q8_0"], "-o", tmp_path / "file")
+    with pytest.raises(CannotCreate, match="no folder"):
+        run_command(models["F32"], models["Q8_0"], "-o", tmp_path / "r", "--base-file",
+                    tmp_path / "none" / "b.kld")  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_text_shorter_than_a_window(models, tmp_path, wishes):
     (tmp_path / "t.txt").write_text("a few words")
     from quant.texts import read_texts
