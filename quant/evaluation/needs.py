@@ -14,10 +14,11 @@ from quant.calibration.needs import (
     tokens_at_most,
 )
 from quant.checkpoint import CONFIG, Checkpoint
+from quant.durable import locks_of
 from quant.errors import QwqQuantError
 from quant.estimates import Estimate, core_speed, reading_seconds
 from quant.evaluation.base_file import BaseFile, window_nbytes
-from quant.evaluation.evaluate import WORK, Model, is_base_file
+from quant.evaluation.evaluate import PAGE, WORK, Model, is_base_file
 from quant.evaluation.measuring import SCORES, Wishes, model_files
 from quant.evaluation.runners.folder import WITH_ACTIVATIONS
 from quant.evaluation.runners.stored import count_weights, find_weights, loaded_nbytes
@@ -77,7 +78,7 @@ class EvaluationRun:
             memory=BASE_NBYTES + TORCH_NBYTES + memory + logits,
             in_place=True,
             reused=_nbytes(self.output / WORK),
-            locks=(self.output / WORK,),
+            locks=locks_of(self.output / PAGE),
         )
 
     def estimate(self) -> Estimate:
