@@ -55,7 +55,11 @@ def command(
 
     checkpoint = open_checkpoint(model, check_config=find_architecture, **where)
     check_output_file(
-        output, force=force, sources=source_files(checkpoint), starts_with=b"{", kind="JSON file"
+        output,
+        force=force,
+        sources=source_files(checkpoint),
+        starts_with=b'{\n "qwq',  # not {: config.json may be one mistyped name away
+        kind="file of sensitivities",
     )
     for note in merge_notes(checkpoint.tensors):
         print_note(note, err=True)
