@@ -193,8 +193,8 @@ def damaged_json(draw, documents: list[dict], keys: tuple[str, ...] = ()) -> byt
         path = draw(st.sampled_from(found))
         value = draw(st.sampled_from(JUNK) | st.integers() | st.floats() | st.text(max_size=5))
         if draw(st.booleans()) and len(found) > 1:
-            value = copy.deepcopy(_at(document, draw(st.sampled_from(found))))
-        _change(draw, document, path, value, keys)
+            value = _at(document, draw(st.sampled_from(found)))
+        _change(draw, document, path, copy.deepcopy(value), keys)
     text = json.dumps(document)
     text = re.sub('"\\\\ue000(.*?)\\\\ue000"', lambda m: json.loads(f'"{m[1]}"'), text)
     raw = text.encode("utf-8", "surrogatepass")
