@@ -11,7 +11,6 @@ What is not published is removed, or kept for a run that goes on with it: quant.
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from quant.display import human_bytes, printable
 from quant.errors import CannotCreate, OutputFailed, QwqQuantError
 from quant.hub import snapshot_root
+from quant.strict_files import open_regular, parse_json
 
 NAME_MAX = 255
 """Bytes of a file's name, on every file system that Linux is installed on."""
@@ -286,10 +286,11 @@ def foreign_files(folder: Path) -> list[str]:
         if place.is_symlink() or not place.is_dir()
     }
     try:
-        outputs = json.loads((folder / MANIFEST).read_text("utf-8"))["outputs"]
+        with open_regular(folder / MANIFEST) as file:
+            outputs = parse_json(file.read(), folder / MANIFEST)["outputs"]
         if list(outputs) == ["."]:
             found -= {MANIFEST, *(file["name"] for file in outputs["."]["files"])}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (QwqQuantError, TypeError, KeyError):
         pass  # no manifest of ours
     return sorted(found)
 

@@ -52,6 +52,8 @@ class Target:
     """One reader. `run` writes the drawn input to a file and reads it, as a command would."""
 
     name: str
+    valid: object
+    """An input that nobody damaged: it is accepted."""
     inputs: SearchStrategy
     run: Callable[[object], object]
 
@@ -272,7 +274,7 @@ def safetensors_header(prepared: Path, work: Path) -> Target:
         path.write_bytes(content)
         describe(Checkpoint.open(work))
 
-    return Target("safetensors header", structured | damaged([few]), run)
+    return Target("safetensors header", few, structured | damaged([few]), run)
 
 
 def sharded_checkpoint(prepared: Path, work: Path) -> Target:
@@ -284,14 +286,14 @@ def sharded_checkpoint(prepared: Path, work: Path) -> Target:
     index = in_two_shards(place)
     document = json.loads(index.read_text())
     shards = sorted(set(document["weight_map"].values()))
-    document["weight_map"]["x"] = shards[0]
     keys = ("weight_map", "metadata", "model.norm.weight", *shards)
 
     def run(content: bytes) -> None:
         index.write_bytes(content)
         Checkpoint.open(place.source)
 
-    return Target("index", damaged_json([document, {"weight_map": {}}], keys), run)
+    valid = json.dumps(document).encode()
+    return Target("index", valid, damaged_json([document], keys), run)
 
 
 def model_settings(prepared: Path, work: Path) -> Target:
@@ -315,7 +317,7 @@ def model_settings(prepared: Path, work: Path) -> Target:
         describe(source)
         encode_metadata(plan_gguf(source, Wishes("F16")).metadata)
 
-    return Target("model settings", inputs, run)
+    return Target("model settings", ("none.json", b""), inputs, run)
 
 
 GGUF_METADATA = {
@@ -359,7 +361,7 @@ def gguf_header(prepared: Path, work: Path) -> Target:
         describe(source)
         encode_metadata(plan_gguf(source, Wishes()).metadata)
 
-    return Target("GGUF header", damaged(seeds, words), run)
+    return Target("GGUF header", seeds[0], damaged(seeds, words), run)
 
 
 def small_tokenizer(folder: Path) -> dict:
@@ -368,6 +370,9 @@ def small_tokenizer(folder: Path) -> dict:
     content = json.loads(path.read_text())
     model = content["model"]
     model["vocab"] = {text: i for text, i in model["vocab"].items() if i < 300}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)  # which has the ids of the whole vocabulary
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     known = model["vocab"].keys()
     model["merges"] = [p for p in pairs if {*p, "".join(p)} <= known]
@@ -379,11 +384,12 @@ def small_tokenizer(folder: Path) -> dict:
 
 
 def _vocabulary_of(work: Path) -> None:
-    read_vocabulary(Checkpoint(work, "fuzzed", None, {}, {}), 400)
+    read_vocabulary(Checkpoint(work, "fuzzed", None, {}, {}), 3100)
 
 
 def tokenizer_json(prepared: Path, work: Path) -> Target:
     shutil.copytree(prepared / "model", work, dirs_exist_ok=True)
+    (work / "generation_config.json").unlink()
     document = small_tokenizer(work)
     few = copy.deepcopy(document)
     few["model"]["vocab"] = dict(list(few["model"]["vocab"].items())[:5])
@@ -395,7 +401,8 @@ def tokenizer_json(prepared: Path, work: Path) -> Target:
         (work / "tokenizer.json").write_bytes(content)
         _vocabulary_of(work)
 
-    return Target("tokenizer.json", damaged_json([document, few, few], keys), run)
+    valid = json.dumps(document).encode()
+    return Target("tokenizer.json", valid, damaged_json([document, few, few], keys), run)
 
 
 def tokenizer_model(prepared: Path, work: Path) -> Target:
@@ -409,7 +416,7 @@ def tokenizer_model(prepared: Path, work: Path) -> Target:
         (work / "tokenizer.model").write_bytes(content)
         _vocabulary_of(work)
 
-    return Target("tokenizer.model", damaged(seeds), run)
+    return Target("tokenizer.model", whole, damaged(seeds), run)
 
 
 def _lines(texts: list[str]) -> SearchStrategy:
@@ -439,7 +446,8 @@ def recipes(prepared: Path, work: Path) -> Target:
         (work / "r.toml").write_bytes(content)
         read_recipe(str(work / "r.toml"))
 
-    return Target("recipe", _lines([recipe_text(name) for name in recipe_names()]), run)
+    texts = [recipe_text(name) for name in recipe_names()]
+    return Target("recipe", texts[0].encode(), _lines(texts), run)
 
 
 def profiles(prepared: Path, work: Path) -> Target:
@@ -450,7 +458,7 @@ def profiles(prepared: Path, work: Path) -> Target:
         (work / "p.toml").write_bytes(content)
         read_profile(str(work / "p.toml"))
 
-    return Target("sampling profile", _lines(valid), run)
+    return Target("sampling profile", valid[0].encode(), _lines(valid), run)
 
 
 def overrides(prepared: Path, work: Path) -> Target:
@@ -478,7 +486,8 @@ def overrides(prepared: Path, work: Path) -> Target:
         check_metadata(changed, "qwen2", 4096, drawn[1])
         encode_metadata(changed)
 
-    return Target("overrides", inputs, run)
+    valid = (["qwen2.context_length=u32:4096", "general.name=str:x"], False)
+    return Target("overrides", valid, inputs, run)
 
 
 def importance(prepared: Path, work: Path) -> Target:
@@ -493,7 +502,7 @@ def importance(prepared: Path, work: Path) -> Target:
         (work / "i.dat").write_bytes(content)
         read_importance(work / "i.dat")
 
-    return Target("importance matrix", damaged(seeds), run)
+    return Target("importance matrix", seeds[1], damaged(seeds), run)
 
 
 def sensitivities(prepared: Path, work: Path) -> Target:
@@ -503,7 +512,8 @@ def sensitivities(prepared: Path, work: Path) -> Target:
         (work / "s.json").write_bytes(content)
         read_sensitivity(work / "s.json")
 
-    return Target("sensitivities", damaged_json([document], tuple(document)), run)
+    valid = json.dumps(document).encode()
+    return Target("sensitivities", valid, damaged_json([document], tuple(document)), run)
 
 
 def adapter(prepared: Path, work: Path) -> Target:
@@ -532,7 +542,7 @@ def adapter(prepared: Path, work: Path) -> Target:
         open_adapter(str(work))
         open_source(model, lora=str(work))
 
-    return Target("LoRA adapter", inputs, run)
+    return Target("LoRA adapter", (json.dumps(config).encode(), weights), inputs, run)
 
 
 def journal(prepared: Path, work: Path) -> Target:
@@ -548,7 +558,7 @@ def journal(prepared: Path, work: Path) -> Target:
         (work / ".m.gguf.journal").write_bytes(content)
         interrupted_job(work / "m.gguf")
 
-    return Target("journal", inputs, run)
+    return Target("journal", valid, inputs, run)
 
 
 def manifest(prepared: Path, work: Path) -> Target:
@@ -562,4 +572,4 @@ def manifest(prepared: Path, work: Path) -> Target:
         find_outputs(work / "m.gguf")
 
     keys = ("outputs", "files", "tensors", "sha256", ".", "../x")
-    return Target("manifest", damaged_json([document], keys), run)
+    return Target("manifest", json.dumps(document).encode(), damaged_json([document], keys), run)
