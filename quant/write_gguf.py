@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quant import manifest
 from quant.convert import Change, Progress, convert
-from quant.durable import PendingFile, temporary_path, undisturbed
+from quant.durable import PendingFile, check_place, temporary_path, undisturbed
 from quant.estimates import Estimate
 from quant.fingerprint import fingerprint
 from quant.gguf_file import MAGIC, TensorEntry, Value, split_paths, tensor_nbytes
@@ -35,8 +35,12 @@ class Result:
 
 
 def output_path(job: Job, output: Path) -> Path:
-    """The file to write: `output` itself, or a file named after model and type in that folder."""
+    """The file to write: `output` itself, or a file named after model and type in that folder.
+
+    Raises CannotCreate for a place that no output can have.
+    """
     if not output.is_dir():
+        check_place(output)
         return output
     name = job.metadata.get("general.name", Value("str", "model")).data
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in str(name)).strip("-.")

@@ -67,7 +67,13 @@ def command(
     sources = source_files(checkpoint)
 
     def check() -> None:
-        check_output_file(output, force=force, sources=sources, starts_with=b"{", kind="JSON file")
+        check_output_file(
+            output,
+            force=force,
+            sources=sources,
+            starts_with=b'{\n "qwq',  # not {: config.json may be one mistyped name away
+            kind="file of sensitivities",
+        )
 
     if interrupted_job(output) is None:  # else it may have written the output itself
         check()
