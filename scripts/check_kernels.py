@@ -73,15 +73,14 @@ class Machine:
 
 
 def _decode_build(name: str, head_size: int, n_rows: int, **changed) -> Build:
-    bits = changed.get("V_BITS", 8)
-    config = changed.pop("config", None) or decode.CONFIGS[decode.block_d(head_size)]
-    constants = {
-        "GROUP": n_rows // changed.get("N_QUERIES", 1), "N_QUERIES": 1, "D": head_size,
-        "V_BITS": bits, "BLOCK_M": decode.BLOCK_M, "BLOCK_N": config.block_n,
-        "BLOCK_D": decode.block_d(head_size), "ROW_BLOCKS": -(-n_rows // decode.BLOCK_M),
-        "RANGED": False, "MASK": decode.MASK_NONE,
-        "CAUSAL": False, "SPLIT": True, "ASM": True,
-    } | changed  # fmt: skip
+    changed = {"N_QUERIES": 1, "V_BITS": 8, "RANGED": False, "MASK": decode.MASK_NONE,
+               "CAUSAL": False, "SPLIT": True} | changed  # fmt: skip
+    config = changed.pop("config", None) or decode.config_of(head_size)
+    block_r = decode.block_r(n_rows, head_size, changed["MASK"])
+    constants = changed | decode.sizes_of(head_size, changed["V_BITS"], config) | {
+        "GROUP": n_rows // changed["N_QUERIES"], "BLOCK_R": block_r,
+        "ROW_BLOCKS": -(-n_rows // block_r), "ASM": True,
+    }  # fmt: skip
     pointers = {
         "a_ptr": "bf16", "k_ptr": "u8", "k_scale_ptr": "fp32", "v_ptr": "u8",
         "v_scale_ptr": "fp32", "range_ptr": "fp32", "out_ptr": "bf16", "part_ptr": "fp32",

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from qwq_kernels.decode_attention import CASES, TOLERANCE, decode_attention, reference
 from qwq_kernels.kv_int8 import ChannelScales, QuantizedKV, allocate, append, reference_dequantize
 
+# NumPy, interpreting: the lowest float32 of a mask, in binary orders, is -infinity, as it should be
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
+
 
 def make(batch, heads, group, n_queries, length, size, dtype=torch.float32, bits=8, ranged=False):
     """Queries and a cache whose buffers are longer than what is stored."""
