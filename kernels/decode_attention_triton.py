@@ -504,8 +504,8 @@ CONFIGS = {  # head sizes up to -> found by counting instructions: scripts/check
 """Warps share V by 16 pairs of channels, so more of them would do the same work twice."""
 
 OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 no longer fuses by itself
-if PTX:
-    OPTIONS["maxnreg"] = 255  # else ptxas spills two registers to stay below 128 or 168
+SPLIT_OPTIONS = OPTIONS | ({"maxnreg": 255} if PTX else {})
+"""Without a limit of one's own ptxas spills two registers or six, to stay below 128 or 168."""
 
 
 def config_of(head_size: int) -> Config:
@@ -523,13 +523,14 @@ def tiles_of(n_bytes: int) -> tuple[int, int]:
     return (half, rest) if rest < half else (whole, 0)
 
 
-def block_r(n_rows: int, head_size: int, mask_kind: int) -> int:
-    """Rows of queries of a program: 8, or 16 if there are so many and registers suffice.
+def block_r(n_rows: int, head_size: int, v_bits: int, mask_kind: int) -> int:
+    """Rows of queries of a program: 8, or 16 if there are so many, and not too narrow for them.
 
     Where there are more, several programs read the same K and V, one from memory and the others
     from the second-level cache.
     """
-    return 16 if n_rows > 8 and head_size >= 64 and mask_kind != MASK_ROWS else 8
+    wide = head_size * v_bits // 8 >= 64
+    return 16 if n_rows > 8 and wide and mask_kind != MASK_ROWS else 8
 
 
 def sizes_of(head_size: int, v_bits: int, config: Config) -> dict[str, int]:
@@ -599,7 +600,7 @@ def decode_attention(
         a = a.contiguous()
     config = config or config_of(head_size)
     mask_argument, mask_kind, mask_strides = _mask_arguments(mask, a)
-    rows = block_r(group * n_queries, head_size, mask_kind)
+    rows = block_r(group * n_queries, head_size, bits, mask_kind)
     row_blocks = triton.cdiv(group * n_queries, rows)
     if n_splits is None:
         n_splits = choose_splits(
@@ -628,7 +629,7 @@ def decode_attention(
             RANGED=kv.channels is not None, MASK=mask_kind,
             CAUSAL=n_queries > 1 and (mask is None or mask.ndim == 2),
             SPLIT=n_splits > 1, ASM=PTX, **sizes_of(head_size, bits, config),
-            num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+            num_warps=config.num_warps, num_stages=config.num_stages, **SPLIT_OPTIONS,
         )  # fmt: skip
         if n_splits > 1:
             join_kernel[(batch * n_heads * n_queries,)](
