@@ -552,11 +552,11 @@ def time_candidates(machine: Machine, results: Results, bandwidth: float) -> Non
     kv = filled(machine, batch, heads, context, 128)
     nbytes = batch * heads * context * kv_int8.token_nbytes(128, 128)
     for config in (
-        kernels.CONFIGS[128],
-        kernels.Config(64, 4, 3, 4),
-        kernels.Config(64, 2, 3, 5),
-        kernels.Config(128, 4, 3, 3),
-        kernels.Config(128, 2, 2, 4),
+        kernels.config_of(128),
+        kernels.Config(64, 2, 3, 6),
+        kernels.Config(32, 1, 2, 9),
+        kernels.Config(64, 4, 2, 5),
+        kernels.Config(128, 4, 2, 4),
     ):
         for programs_per_sm in (config.programs_per_sm, 2 * config.programs_per_sm):
             chosen = replace(config, programs_per_sm=programs_per_sm)
