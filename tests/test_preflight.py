@@ -164,11 +164,11 @@ pending.discard()
         ("to-gguf", "PendingFile", "m.gguf"),
         ("measure", "PendingFile", "s.json"),
         ("fix", "PendingFolder", "m"),
-        ("evaluate", "PendingFolder", "report/evaluate"),
+        ("evaluate", "PendingFile", "report/report.html"),
     ],
 )
 def test_another_run_s_output_is_only_looked_at(name, kind, path, tiny_qwq, tmp_path):
-    (tmp_path / "report").mkdir()
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     code = HOLD.format(kind=kind, path=str(tmp_path / path))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as other:
