@@ -565,8 +565,10 @@ CASES = [
     Case(5, "packed integers", tensors(
         lambda held: held.update({Q.replace("weight", "qweight"): held.pop(Q)})),
         65, ("already quantized", "packed integers"), CHECKPOINT),
-    Case(5, "a 4-bit folder", quantized_folder("nf4"), 65, ("already quantized",), CHECKPOINT),
-    Case(5, "a GPTQ folder", quantized_folder("int4"), 65, ("already quantized",), CHECKPOINT),
+    Case(5, "a 4-bit folder", quantized_folder("nf4"), 65, ("already quantized",), CHECKPOINT,
+         needs=("nf4",)),
+    Case(5, "a GPTQ folder", quantized_folder("int4"), 65, ("already quantized",), CHECKPOINT,
+         needs=("int4",)),
     Case(5, "a GGUF file", gguf_model("Q4_0"), 65, ("quantized",), ONE),
     Case(5, "a GGUF file, to be run", gguf_model(""), 2, ("is a GGUF file", "checkpoint"),
          CALIBRATING),

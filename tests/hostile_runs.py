@@ -14,11 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import faults
 from click.testing import CliRunner
+from xxhash import xxh3_128_hexdigest
 
 ROOT = Path(__file__).parent.parent
 RUN = "from quant.cli import main; main()"
@@ -95,6 +95,8 @@ class Case:
     """Run by bash in a process of its own: `{command}` and what goes around it."""
     check: Callable[[Place], list[str]] = lambda p: []
     """What is wrong with the output, where there is one."""
+    needs: tuple[str, ...] = ()
+    """Earlier outputs of other commands than this one."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def prepare(folder: Path) -> Path:
         # What `evaluate` made is only kept or lost here: an empty folder of its name will do.
         result = CliRunner().invoke(_cli(), words) if command != "evaluate" else None
         assert result is None or result.exit_code == 0, result.output
+    shutil.rmtree(folder / "out" / "nf4" / "figures")  # many files, and none of them is looked at
     return folder
 
 
@@ -124,8 +127,14 @@ def _cli():
 
 def run_case(case: Case, command: str, prepared: Path, folder: Path) -> Ended:
     """The case under one command, in a fresh `folder`; `wrong` says what promise was broken."""
-    shutil.copytree(prepared, folder, symlinks=True)
     place = Place(folder, command)
+    shutil.copytree(prepared / "model", place.source)
+    place.out.mkdir()
+    for name in {COMMANDS.get(command, ("m.gguf",))[0], "m.gguf", "qwq-quant.json", *case.needs}:
+        if (prepared / "out" / name).is_dir():
+            shutil.copytree(prepared / "out" / name, place.out / name)
+        elif (prepared / "out" / name).exists():
+            shutil.copy2(prepared / "out" / name, place.out)
     try:
         case.make(place)
         before = seen(folder)
@@ -234,7 +243,7 @@ def _what(path: Path) -> str:
         return f"mode {status.st_mode:o}"
     if status.st_size > 10_000_000:  # a file of holes; reading it would take long
         return f"{status.st_size} bytes of {status.st_mtime_ns}"
-    return f"{status.st_mtime_ns} {sha256(path.read_bytes()).hexdigest()}"
+    return f"{status.st_mtime_ns} {xxh3_128_hexdigest(path.read_bytes())}"
 
 
 # --- in the middle of a run -------------------------------------------------------------------
