@@ -10,7 +10,7 @@ from quant.calibration.tokens import Tokens
 from quant.calibration.weights import Weights
 from quant.checkpoint import Checkpoint
 from quant.evaluation.divergence import Statistics, statistics
-from quant.evaluation.streamed import compare_streamed
+from quant.evaluation.streamed import compare_streamed, final_states
 from quant.report.choice import Result
 
 RESULTS = "check"
@@ -39,13 +39,17 @@ def check_weights(
     The second half of each sequence is scored. Calls progress(1) after each layer of each model.
     """
 
+    def last(model: StreamedModel, name: str) -> HiddenStates:
+        """Kept until all models have been compared."""
+        return final_states(model, tokens.ids, passes, name, RESULTS, progress)
+
     def make() -> list[dict]:
         source = StreamedModel(checkpoint, device=device)
-        reference = _final_states(source, tokens, passes, "check source", progress)
+        reference = last(source, "check source")
         states = []
         for i, c in enumerate(candidates):
             model = StreamedModel(checkpoint, c.weights, device=device)
-            states.append(_final_states(model, tokens, passes, f"check {i}", progress))
+            states.append(last(model, f"check {i}"))
         scores = compare_streamed(source, reference, states, tokens.ids, tokens.seq_len // 2)
         found = [statistics(each) for each in scores]
         nbytes = sum(2 * info.n_weights for info in checkpoint.tensors.values())
@@ -53,26 +57,6 @@ def check_weights(
         return [asdict(row) for row in (_source_result(nbytes, found[0]), *rows)]
 
     return tuple(Result(**row) for row in passes.once(RESULTS, make))
-
-
-def _final_states(
-    model: StreamedModel,
-    tokens: Tokens,
-    passes: Passes,
-    name: str,
-    progress: Callable[[int], None],
-) -> HiddenStates:
-    """The last layer's output, kept until all models have been compared."""
-    walk = passes.begin(name, model.n_layers, until=RESULTS)
-    hidden = model.embed(tokens.ids)
-    walk.restore("hidden", hidden.tensor)
-    if walk.n_done:
-        progress(walk.n_done)
-    for layer in model.layers(tokens.seq_len, n_done=walk.n_done):
-        layer.run(hidden, hidden)
-        walk.done({}, {"hidden": hidden.tensor})
-        progress(1)
-    return hidden
 
 
 def _source_result(nbytes: int, s: Statistics) -> Result:

@@ -152,7 +152,7 @@ def command(
         check_places(output, force=force or again)
         _check_base_file(base_file, force or again)
 
-    with _Bars() as bars, resuming(resume, "window or answer") as going_on:
+    with _Bars() as bars, resuming(resume, "step") as going_on:
         evaluation = evaluate(
             reference,
             found,

@@ -178,7 +178,7 @@ def evaluate(
     asked = _fingerprint(reference, wishes)
     with (
         _made_folder(output),
-        Journal(output / PAGE, asked, resume, "windows and answers", None) as journal,
+        Journal(output / PAGE, asked, resume, "steps", None) as journal,
     ):
         check(journal.completed is not None)
         units = {model.name: _unit(model, wishes) for model in (*candidates, reference)}

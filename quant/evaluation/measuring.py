@@ -133,7 +133,7 @@ def measure_reference(
 
     Raises BadInput, Unavailable, OutputFailed if the disk has too little room.
     """
-    with locked_folder(folder), open_runner(path, wishes.device) as runner:
+    with locked_folder(folder), open_runner(path, wishes.device, folder, say) as runner:
         chunks = cut_chunks(runner, wishes.texts, wishes.n_ctx, wishes.n_tokens)
         _warn_of_long_windows(runner, wishes.n_ctx, say)
         _try_answering(runner, wishes)
@@ -199,11 +199,11 @@ def _rest(
     runner: Runner, chunks: Chunks, n_done: int, say: Say
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(targets, logits) of the windows that are not done yet."""
-    rest = chunks.part(n_done)
-    say("begin", f"{printable(runner.name)} reads", len(rest))
-    if len(rest):
-        logits = runner.logits(rest.inputs, rest.first)
-        for pair in zip(rest.targets, logits, strict=True):
+    n_left = len(chunks) - n_done
+    say("begin", f"{printable(runner.name)} reads", n_left)
+    if n_left:
+        logits = runner.logits(chunks.inputs, chunks.first, n_done)
+        for pair in zip(chunks.targets[n_done:], logits, strict=True):
             yield pair
             say("advance", 1)
 
@@ -226,7 +226,7 @@ def measure_candidate(
     n_bytes = SCORES.itemsize * n_scored * len(base.tokens)
     if scores.exists() and scores.stat().st_size == n_bytes and answers.exists():
         return scores, _read_answers(answers)
-    with locked_folder(folder), open_runner(path, wishes.device) as runner:
+    with locked_folder(folder), open_runner(path, wishes.device, folder, say) as runner:
         _check_vocabulary(runner, base, reference, wishes)
         _try_answering(runner, wishes)
         chunks = base.chunks(runner.bos)

@@ -11,12 +11,13 @@ up on the way, about the running maximum m of its logits l (online softmax):
 # ref: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from quant.calibration.hidden_states import HiddenStates
+from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.errors import BadInput
 from quant.evaluation.divergence import PositionScores
@@ -25,11 +26,28 @@ LOGITS_AT_ONCE = 1 << 22
 """Logits of one model that are alive at a time: 16 MB in float32."""
 
 
-def final_states(model: StreamedModel, tokens: np.ndarray) -> HiddenStates:
-    """The output of the last decoder layer for tokens (n_sequences, seq_len), not normed yet."""
+def final_states(
+    model: StreamedModel,
+    tokens: np.ndarray,
+    passes: Passes = UNKEPT,
+    name: str = "final states",
+    until: str = "",
+    progress: Callable[[int], None] = lambda n: None,
+) -> HiddenStates:
+    """The output of the last decoder layer for tokens (n_sequences, seq_len), not normed yet.
+
+    name, until: of the pass, and of the one that needs the result. Calls progress(1) after each
+    layer, first of all with those that an interrupted run had done.
+    """
+    walk = passes.begin(name, model.n_layers, until)
     hidden = model.embed(tokens)
-    for layer in model.layers(tokens.shape[1]):
+    walk.restore("hidden", hidden.tensor)
+    if walk.n_done:
+        progress(walk.n_done)
+    for layer in model.layers(tokens.shape[1], n_done=walk.n_done):
         layer.run(hidden, hidden)
+        walk.done({}, {"hidden": hidden.tensor})
+        progress(1)
     return hidden
 
 

@@ -113,8 +113,8 @@ def test_stopped_killed_and_stopped_again_it_gives_the_same_report(models, undis
             assert process.returncode == -number
             continue
         assert process.returncode == 75, error
-        assert "Stopping when the window or answer in hand is finished" in error
-        assert "windows and answers are finished and kept in hidden files beside" in error
+        assert "Stopping when the step in hand is finished" in error
+        assert "steps are finished and kept in hidden files beside" in error
         (command,) = [line for line in error.splitlines() if line.startswith("Go on with: ")]
         words = shlex.split(command.removeprefix("Go on with: qwq-quant "))
     done = CliRunner().invoke(cli, [*words, "--resume", "required"])
@@ -156,7 +156,7 @@ def test_the_modes(models, tmp_path, monkeypatch):
     assert nothing.exit_code == 66 and "no interrupted run" in nothing.stderr
     assert not output.exists()
     stopped = interrupted(models, output, 7, "Q4_0", monkeypatch=monkeypatch)
-    assert stopped.exit_code == 75 and "7 windows and answers" in stopped.stderr
+    assert stopped.exit_code == 75 and "7 steps" in stopped.stderr
     before = files(output)
     (tmp_path / "t.txt").write_text("one and two and three " * 200)
     others = {

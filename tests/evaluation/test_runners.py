@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +176,52 @@ def test_layer_by_layer(tiny_qwq, f32, texts, monkeypatch):
         with pytest.raises(Unavailable, match="layer by layer"):  # before it reads anything
             measuring._try_answering(runner, asks)
         measuring._try_answering(gguf, asks)
+
+
+KILLED_IN_THE_FOURTH_LAYER = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from quant.calibration import passes
+from quant.evaluation.runners import folder, open_runner
+
+passes.PATIENCE = 0
+folder._free_memory = lambda device: 0
+seen = []
+def say(kind, *rest):
+    seen.append(kind)
+    if seen.count("advance") == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+model, work, inputs = sys.argv[1:]
+with open_runner(Path(model), "cpu", Path(work), say) as runner:
+    next(runner.logits(np.load(inputs), 32))
+"""
+
+
+def test_a_pass_over_the_layers_goes_on_after_a_kill(tiny_qwq, tmp_path, monkeypatch):
+    """And the windows that were scored by then are not asked for again."""
+    from quant.calibration.streamed_model import StreamedModel
+    from quant.evaluation.runners import folder
+
+    inputs = np.random.default_rng(0).integers(0, 4000, (3, 64)).astype(np.int32)
+    np.save(tmp_path / "inputs.npy", inputs)
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(folder, "_free_memory", lambda device: 0)
+    with open_runner(tiny_qwq, "cpu") as runner:
+        undisturbed = [logits.copy() for logits in runner.logits(inputs, 32)]
+    words = [str(tiny_qwq), str(tmp_path / "work"), str(tmp_path / "inputs.npy")]
+    code = [sys.executable, "-c", KILLED_IN_THE_FOURTH_LAYER, *words]
+    assert subprocess.run(code, check=False).returncode == -signal.SIGKILL
+    load, loaded, said = StreamedModel._load, [], []
+    monkeypatch.setattr(
+        StreamedModel, "_load", lambda self, i, n: loaded.append(i) or load(self, i, n)
+    )
+    work = tmp_path / "work"
+    with open_runner(tiny_qwq, "cpu", work, lambda *message: said.append(message)) as runner:
+        found = [logits.copy() for logits in runner.logits(inputs, 32, n_done=1)]
+    assert loaded == [4, 5] and ("advance", 4) in said
+    assert len(found) == 2 and all(map(np.array_equal, found, undisturbed[1:]))
+    assert not list(work.iterdir())
 
 
 # --- what does not load -----------------------------------------------------------------------

@@ -4,7 +4,7 @@ A runner is a context manager, so that a 20 GB model leaves memory before the ne
 An engine is one file here, and one line in `open_runner`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,10 +31,10 @@ class Runner(Protocol):
     def text(self, tokens: list[int]) -> str:
         """What the tokens spell, special ones too."""
 
-    def logits(self, inputs: np.ndarray, first: int) -> Iterator[np.ndarray]:
-        """For each window of inputs, int32 (n_windows, n_ctx), in order: what is predicted at
-        positions first ... n_ctx - 2, float32 (n_ctx - 1 - first, n_vocab). An array is valid until
-        the next is asked for."""
+    def logits(self, inputs: np.ndarray, first: int, n_done: int = 0) -> Iterator[np.ndarray]:
+        """For each window of inputs, int32 (n_windows, n_ctx), behind the first `n_done`, in order:
+        what is predicted at positions first ... n_ctx - 2, float32 (n_ctx - 1 - first, n_vocab). An
+        array is valid until the next is asked for."""
 
     def begin(self, tokens: np.ndarray, n_ctx: int) -> np.ndarray:
         """Forget everything, read a prompt int32 (n,), and return the next token's logits, float32
@@ -48,17 +48,20 @@ class Runner(Protocol):
     def __exit__(self, *exc) -> None: ...
 
 
-def open_runner(path: Path, device: str = "auto") -> Runner:
+def open_runner(
+    path: Path, device: str = "auto", work: Path | None = None, say: Callable | None = None
+) -> Runner:
     """The model at `path`, loaded: a GGUF file or a folder that transformers can load.
 
     device: for folders, "auto" takes a GPU if there is one; llama.cpp uses what it was built for.
-
+    work, say: where a model that is run layer by layer keeps what a later run goes on with, and
+    whom it tells how far it is (see quant.evaluation.isolation); without them, it does neither.
     Raises InputMissing, BadInput for what does not load, Unavailable if its engine is missing.
     """
     if path.is_dir():
         from quant.evaluation.runners.folder import open_folder
 
-        return open_folder(path, device)
+        return open_folder(path, device, work, say)
     from quant.evaluation.runners.gguf import GgufRunner
 
     return GgufRunner(path)

@@ -6,7 +6,7 @@ decoded when they are loaded, for the same reason: its kernels differ, and need 
 code from the folder, never a pickle.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,12 @@ WITH_ACTIVATIONS = 1.15
 """Memory a loaded model takes, over that of its weights."""
 
 
-def open_folder(folder: Path, device: str) -> Runner:
+def open_folder(
+    folder: Path, device: str, work: Path | None = None, say: Callable | None = None
+) -> Runner:
     """The whole model in memory, or layer by layer if it does not fit and its weights can be read.
 
-    Raises BadInput or Unavailable.
+    work, say: see open_runner. Raises BadInput or Unavailable.
     """
     device = choose_device(device)
     read_tensors(folder)  # transformers follows "../" in a shard index: it is refused here
@@ -39,7 +41,7 @@ def open_folder(folder: Path, device: str) -> Runner:
     if weights is not None and needed * WITH_ACTIVATIONS > _free_memory(device):
         from quant.evaluation.runners.streamed import StreamedRunner
 
-        return StreamedRunner(folder, weights, device)
+        return StreamedRunner(folder, weights, device, work, say)
     return FolderRunner(folder, device, weights if isinstance(weights, GptqWeights) else None)
 
 
@@ -109,9 +111,9 @@ class FolderRunner(Talker):
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def logits(self, inputs: np.ndarray, first: int) -> Iterator[np.ndarray]:
+    def logits(self, inputs: np.ndarray, first: int, n_done: int = 0) -> Iterator[np.ndarray]:
         kept = torch.arange(first, inputs.shape[1] - 1, device=self._device)
-        for window in inputs:
+        for window in inputs[n_done:]:
             ids = torch.from_numpy(window.astype(np.int64))[None].to(self._device)
             found = self._model(input_ids=ids, use_cache=False, logits_to_keep=kept)
             yield found.logits[0].float().cpu().numpy()

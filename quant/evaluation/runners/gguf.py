@@ -140,10 +140,10 @@ class GgufRunner:
                 return buffer.raw[:n].decode("utf-8", "replace")
             size = -n
 
-    def logits(self, inputs: np.ndarray, first: int) -> Iterator[np.ndarray]:
+    def logits(self, inputs: np.ndarray, first: int, n_done: int = 0) -> Iterator[np.ndarray]:
         n_ctx = inputs.shape[1]
         self._open_context(n_ctx)
-        for window in inputs:
+        for window in inputs[n_done:]:
             self._forget()
             blocks = []
             for start in range(0, n_ctx, BATCH):
