@@ -389,6 +389,14 @@ def assemble(
     return tensors, warnings
 
 
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Raise BadInput unless the tensors are those that config.json calls for: none missing, none
+    besides, each in its shape and in a type that can be read.
+    """
+    architecture = find_architecture(checkpoint.config)
+    assemble(architecture, checkpoint, read_dimensions(architecture, checkpoint.config))
+
+
 def _copy(name: str, info: TensorInfo, **more) -> Assembly:
     return Assembly(name, info.shape, (Piece.whole(info),), **more)
 

@@ -91,6 +91,12 @@ class Levels:
             )
         return int(room)
 
+    def most_nbytes(self, budget: Budget) -> int:
+        """Bytes of all tensors, at most, when it is spent. Raises BadRecipe as `spendable`."""
+        if budget.unit == "all":
+            return self.rest + sum(sizes[-1] for sizes in self.sizes)
+        return self.rest + self.least + (self.spendable(budget) if budget.needs_choice else 0)
+
     def choose(
         self, metric: str, damage: Sequence[Sequence[float]], budget: Budget
     ) -> tuple[Choice, Solution]:

@@ -55,11 +55,6 @@ def check_weights(
     return tuple(Result(**row) for row in passes.once(RESULTS, make))
 
 
-def saved_nbytes(hidden: int, n_candidates: int) -> int:
-    """Of the states that are kept for another run; hidden: bytes between two layers."""
-    return (1 + n_candidates + 1) * hidden  # one in the middle has two
-
-
 def _final_states(
     model: StreamedModel,
     tokens: Tokens,

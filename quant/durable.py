@@ -11,7 +11,6 @@ What is not published is removed, or kept for a run that goes on with it: quant.
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,11 @@ from pathlib import Path
 
 from quant.display import human_bytes, printable
 from quant.errors import CannotCreate, OutputFailed, QwqQuantError
+from quant.hub import snapshot_root
+from quant.strict_files import open_regular, parse_json
+
+NAME_MAX = 255
+"""Bytes of a file's name, on every file system that Linux is installed on."""
 
 MANIFEST = "qwq-quant.json"
 """Names what a folder was filled with; written by quant.manifest."""
@@ -214,14 +218,43 @@ class PendingFolder:
             self._descriptor = -1
 
 
+def check_place(path: Path) -> None:
+    """Raise CannotCreate where nothing of ours belongs, or where no temporary file fits beside."""
+    path = Path(os.path.abspath(path))
+    if snapshot_root(path) is not None:
+        raise CannotCreate(
+            f"{printable(path)} lies in the hub's download cache.",
+            "What is there is shared, and may be removed by whoever clears the cache.",
+            "Choose another folder with -o.",
+        )
+    if len(os.fsencode(journal_path(path).name)) > NAME_MAX:
+        raise _name_too_long(path)
+
+
+def _name_too_long(path: Path) -> CannotCreate:
+    return CannotCreate(
+        f"The file name {printable(path.name, 60)} is too long.",
+        "While it is written, the file has a name that is 9 bytes longer.",
+        "Choose a shorter name with -o.",
+    )
+
+
 def check_replaceable_folder(path: Path, force: bool) -> None:
     """Raise CannotCreate unless `path` is free, an empty folder, or ours and `force` is given.
 
     Ours is a folder whose manifest has the one entry "." and names every file in it
     ({"outputs": {".": {"files": [{"name": "figures/error.svg"}, ...]}}}): a folder that holds
-    anything else, such as somebody's training run, is never removed.
+    anything else, such as somebody's training run, is never removed. Nor is one made within a
+    model's folder, whose files would be taken for the model's.
     """
     shown = printable(path)
+    check_place(path)
+    if (Path(os.path.abspath(path)).parent / "config.json").is_file():
+        raise CannotCreate(
+            f"{shown} would lie inside a model's folder.",
+            "Its files would be taken for that model's.",
+            "Choose another folder with -o.",
+        )
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise CannotCreate(
             f"{shown} exists and is no folder.",
@@ -253,10 +286,11 @@ def foreign_files(folder: Path) -> list[str]:
         if place.is_symlink() or not place.is_dir()
     }
     try:
-        outputs = json.loads((folder / MANIFEST).read_text("utf-8"))["outputs"]
+        with open_regular(folder / MANIFEST) as file:
+            outputs = parse_json(file.read(), folder / MANIFEST)["outputs"]
         if list(outputs) == ["."]:
             found -= {MANIFEST, *(file["name"] for file in outputs["."]["files"])}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (QwqQuantError, TypeError, KeyError):
         pass  # no manifest of ours
     return sorted(found)
 
@@ -315,11 +349,40 @@ def _lock_alone(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CannotCreate(
-            f"Another run is writing {printable(path)} just now.",
-            "",
-            "Wait for it, or choose another output with -o.",
-        ) from None
+        raise being_written(path) from None
+
+
+def is_locked(place: Path) -> bool:
+    """Whether a run holds `place`, a file or folder, just now. Nothing is taken or made: a shared
+    lock is let go of at once.
+    """
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # there is none, or it is not for us to see
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def locks_of(path: Path) -> tuple[Path, Path]:
+    """What is locked while `path` is being written: either of them, or both."""
+    return journal_path(path), temporary_path(path)
+
+
+def being_written(path: Path) -> CannotCreate:
+    """The refusal of a run whose output another one is writing."""
+    return CannotCreate(
+        f"Another run is writing {printable(path)} just now.",
+        "",
+        "Wait for it, or choose another output with -o.",
+    )
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -407,18 +470,16 @@ def _explain(error: OSError, path: Path, replaced: bool) -> QwqQuantError:
         return OutputFailed(
             f"{shown} is larger than this file system or a limit allows.",
             older,
-            "Write smaller files with --split-max-size 4GB.",
+            "Write smaller files with --split-max-size 4GB."
+            if path.suffix == ".gguf"
+            else "Choose another folder with -o.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return CannotCreate(
             f"{shown} cannot be written: {error.strerror}.", "", "Choose another folder with -o."
         )
     if error.errno == errno.ENAMETOOLONG:
-        return CannotCreate(
-            f"The file name {printable(path.name, 60)} is too long.",
-            "While it is written, the file has a name that is 9 bytes longer.",
-            "Choose a shorter name with -o.",
-        )
+        return _name_too_long(path)
     if error.errno == errno.ENOTDIR:
         return CannotCreate(
             f"{shown} cannot be created: {printable(path.parent)} is not a folder.",

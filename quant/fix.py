@@ -25,9 +25,11 @@ from quant.doctor.rope import is_number, stated_rope, write_yarn
 from quant.doctor.template import strip_think
 from quant.durable import PendingFolder, translated_errors, write_whole
 from quant.errors import BadInput, BadRecipe, UsageError
+from quant.estimates import Estimate, reading_seconds, writing_seconds
 from quant.inspection.facts import is_count
 from quant.manifest import NAME as MANIFEST
 from quant.manifest import SourceFile, environment, write_for_folder
+from quant.preflight import SMALL_NBYTES, Needs, measure_needs
 from quant.recipe import Chosen, choose_recipe
 from quant.source import Source, source_files
 
@@ -35,6 +37,9 @@ JINJA = "chat_template.jinja"
 
 USUAL_PADS = ("<|vision_pad|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>")
 """Tokens that exist for padding, in the vocabularies that people use."""
+
+EXAMINING_NBYTES, EXAMINING_SECONDS = 240 << 20, 1.0
+"""Python, numpy and a tokenizer of the usual size, whose files are looked through."""
 
 LAST_PADS = ("<|endoftext|>", "<unk>", "[UNK]")
 """Better than none, where they are not what ends an answer."""
@@ -318,6 +323,27 @@ class Fixed:
     after: Report
     linked: int
     copied: int
+
+
+def fix_needs(plan: Plan, folder: Path) -> tuple[Needs, Estimate]:
+    """What writing it takes: the small files, and shards that cannot be linked.
+
+    Raises UsageError for the source's own folder, CannotCreate for one in no folder.
+    """
+    _refuse_inside(plan.checkpoint, folder)
+    shards, parent = source_files(plan.checkpoint), Path(os.path.abspath(folder)).parent
+    kept = _small_files(plan.checkpoint, {path.name for path in shards})
+    small = sum((plan.checkpoint.folder / name).stat().st_size for name in kept)
+    small += sum(map(len, plan.contents.values()))
+    needs = measure_needs(folder, disk=small + SMALL_NBYTES, memory=EXAMINING_NBYTES)
+    device = os.stat(parent).st_dev
+    copied = [path for path in shards if path.stat().st_dev != device]
+    nbytes = sum(path.stat().st_size for path in copied)
+    needs = replace(needs, disk=needs.disk + nbytes)
+    seconds = EXAMINING_SECONDS + max(
+        reading_seconds(copied, nbytes), writing_seconds(parent, small + nbytes)
+    )
+    return needs, Estimate(seconds)
 
 
 def write_fix(

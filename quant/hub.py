@@ -10,10 +10,12 @@ The commit that was fetched is recorded, not the branch: branches move.
 """
 
 import errno
+import hashlib
 import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +174,7 @@ def _download(
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    began = time.time()
     try:
         folder = snapshot_download(
             repository,
@@ -190,7 +193,35 @@ def _download(
             f"{repository} holds no file that a conversion reads.",
             "There is no config.json and no .safetensors in it.",
         )
+    _check_arrived(Path(folder), repository, began)
     return Path(folder)
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _check_arrived(folder: Path, repository: str, began: float) -> None:
+    """Hold the weights that came since `began` against the hash that the hub named them by.
+
+    huggingface_hub looks at their size alone. A damaged one is removed from the cache.
+    Raises Unavailable.
+    """
+    for path in folder.rglob("*.safetensors"):
+        blob = path.resolve()
+        if not _SHA256.fullmatch(blob.name) or blob.stat().st_mtime < began:
+            continue
+        digest = hashlib.sha256()
+        with open(blob, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        if digest.hexdigest() != blob.name:
+            path.unlink()
+            blob.unlink()
+            raise Unavailable(
+                f"{printable(path.name)} of {repository} arrived damaged.",
+                f"Its sha256 is {digest.hexdigest()[:16]}..., the hub's is {blob.name[:16]}...",
+                "It was removed from the cache. Run the same command again.",
+            )
 
 
 def _explained(

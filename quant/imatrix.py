@@ -14,7 +14,6 @@ from quant.architectures import EXPERT_PARTS, Architecture, find_architecture
 from quant.calibration.passes import UNKEPT, Pass, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
-from quant.checkpoint import Checkpoint
 
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)")
 
@@ -95,10 +94,3 @@ def measure_importance(
         progress(layer.index + 1)
     squares = {name: values.astype(np.float32) for name, values in sums.squares.items()}
     return squares, sums.n_tokens
-
-
-def saved_nbytes(checkpoint: Checkpoint, hidden: int) -> int:
-    """At most, of the states that are kept for another run; hidden: bytes between two layers."""
-    inner = (i for name, i in checkpoint.tensors.items() if ".layers." in name)
-    n_sums = sum(1 + info.shape[-1] for info in inner if len(info.shape) == 2)
-    return 2 * (hidden + 8 * n_sums)

@@ -137,7 +137,7 @@ class Journal:
     ):
         """Lock and read it. Raises CannotCreate if another run writes `output`.
 
-        n_units: how many there will be; None if that is not known, of "steps".
+        n_units: of the whole job; None if that is not known beforehand.
 
         With mode "required": InputMissing if there is nothing to go on with, BadInput if it was
         another job's; nothing is changed then.
@@ -145,7 +145,7 @@ class Journal:
         self.output, self._fingerprint, self._resume = output, fingerprint, resume
         self._unit_name, self._n_units = unit_name, n_units
         self._held: list[Held] = []
-        self._begun = False
+        self._begun, self._is_left = False, False
         self._n_done = 0
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flushing: tuple[Future, int] | None = None  # and the units that will be on the disk
@@ -218,9 +218,7 @@ class Journal:
     def _say_what_begins(self, n_units: int) -> None:
         shown = printable(self.output)
         if n_units:
-            done = f"step {n_units}"
-            if self._n_units is not None:
-                done = f"{n_units} of {self._n_units} {self._unit_name}"
+            done = self._amount(n_units)
             self._resume.say(f"Going on after {done} of an interrupted run on {shown}.")
         elif self._resume.mode != "never" and (self.abandoned is not None or self.units):
             why = "what it wrote is no longer there"
@@ -229,6 +227,10 @@ class Journal:
             self._resume.say(
                 f"An interrupted run on {shown} cannot be continued, so it starts over; {why}."
             )
+
+    def _amount(self, n_units: int) -> str:
+        of = "" if self._n_units is None else f" of {self._n_units}"
+        return f"{n_units}{of} {self._unit_name}"
 
     def _what_differs(self) -> str:
         found = differences(self.abandoned, self._fingerprint)
@@ -279,6 +281,17 @@ class Journal:
                 self._write_line({"complete": facts})
                 os.fsync(self._descriptor)
         self.completed = facts
+
+    def leave(self) -> None:
+        """The job is done, but part of it failed and may be mended: keep all for a run that goes on
+        with it, unless the mode is "never".
+        """
+        if self._resume.mode == "never" or self._n_done == 0:
+            return
+        with translated_errors(self.output):
+            self._write_line({"complete": None})  # the next run has to ask before it replaces files
+            os.fsync(self._descriptor)
+        self.completed, self._is_left = None, True
 
     # --- flushing -----------------------------------------------------------------------------
 
@@ -355,7 +368,9 @@ class Journal:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        if error is None:
+        if error is None and self._is_left:
+            self._leave_as_found()
+        elif error is None:
             self._remove()
         elif not self._begun:
             self._leave_as_found()
@@ -434,10 +449,10 @@ class Journal:
         return shlex.join(["qwq-quant", *(printable(word, 4096) for word in typed)])
 
     def _tell_what_is_kept(self, error: BaseException) -> None:
-        done = f"Steps up to {self._n_done}"
-        if self._n_units is not None:
-            done = f"{self._n_done} of {self._n_units} {self._unit_name}"
-        kept = f"{done} are finished and kept in hidden files beside {printable(self.output)}."
+        kept = (
+            f"{self._amount(self._n_done)} are finished and kept in hidden files beside "
+            f"{printable(self.output)}."
+        )
         if self.completed is not None:
             kept = "All is written and verified, but not all has its name or is recorded."
         if isinstance(error, QwqQuantError):

@@ -15,7 +15,8 @@ from pathlib import Path
 from quant import __version__
 from quant.display import printable
 from quant.durable import MANIFEST, locked_folder, translated_errors, write_whole
-from quant.errors import CannotCreate
+from quant.errors import BadInput, CannotCreate, InputMissing, NotPermitted
+from quant.strict_files import open_regular, parse_json
 
 NAME = MANIFEST
 LIBRARIES = ("numpy", "numba", "gguf", "safetensors", "transformers", "torch")
@@ -72,12 +73,13 @@ def read_manifest(folder: Path) -> dict:
     Raises CannotCreate if something else has its name: it is not ours to overwrite.
     """
     try:
-        content = json.loads((folder / NAME).read_text("utf-8"))
-    except FileNotFoundError:
+        with open_regular(folder / NAME) as file:
+            content = parse_json(file.read(), folder / NAME)
+    except InputMissing:
         return {"outputs": {}}
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("outputs"), dict):
+    except (BadInput, NotPermitted):
+        content = {}
+    if not isinstance(content.get("outputs"), dict):
         raise CannotCreate(
             f"{printable(folder / NAME)} is no manifest of qwq-quant's, or is damaged.",
             "It would have to be replaced, and what it says be lost.",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quant import manifest
 from quant.display import printable
-from quant.durable import translated_errors
+from quant.durable import check_place, translated_errors
 from quant.errors import CannotCreate, UsageError
 
 ELSEWHERE = "Choose another name with -o."
@@ -21,6 +21,7 @@ def check_output_file(
     sources: the files that are read, never written over.
     Raises CannotCreate or UsageError.
     """
+    check_place(path)
     if path.name == manifest.NAME:
         raise CannotCreate(
             f"{manifest.NAME} is the name of the manifest that is written beside the output.",

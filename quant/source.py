@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from quant.architectures import check_weights
 from quant.checkpoint import Checkpoint, read_config
 from quant.display import printable
 from quant.errors import BadInput, UsageError
@@ -53,7 +54,8 @@ def open_source(
 def open_checkpoint(model: str, **options) -> Checkpoint:
     """MODEL, for commands that run it: a folder or a repository. Options as for open_source.
 
-    Raises UsageError for a GGUF file.
+    Its tensors are those that its config.json calls for, in shape and type.
+    Raises UsageError for a GGUF file, and as open_source does.
     """
     source = open_source(model, **options)
     if isinstance(source, GgufFile):
@@ -62,6 +64,7 @@ def open_checkpoint(model: str, **options) -> Checkpoint:
             "Its layers are run with transformers, which reads safetensors.",
             "Give the model's folder, or org/name on the hub.",
         )
+    check_weights(source)
     return source
 
 

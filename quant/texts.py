@@ -1,6 +1,7 @@
 """Texts to calibrate on or to measure with: a plain file, or JSON lines with categories."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
@@ -57,8 +58,9 @@ def read_texts(path: Path) -> Texts:
     Raises InputMissing, NotPermitted, or BadInput if it is empty, or is no text.
     """
     with open_regular(path) as file:
-        raw = file.read(MAX_NBYTES + 1)
-    if len(raw) > MAX_NBYTES:
+        is_larger = os.fstat(file.fileno()).st_size > MAX_NBYTES
+        raw = b"" if is_larger else file.read(MAX_NBYTES)
+    if is_larger:
         raise BadInput(f"{printable(path)} is larger than 1 GB, so it is not read.")
     try:
         content = raw.decode("utf-8-sig")  # some editors put a mark before all text

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from quant import manifest
 from quant.convert import Change, Progress, convert
-from quant.durable import PendingFile, temporary_path, undisturbed
+from quant.durable import PendingFile, check_place, temporary_path, undisturbed
+from quant.estimates import Estimate
 from quant.fingerprint import fingerprint
 from quant.gguf_file import MAGIC, TensorEntry, Value, split_paths, tensor_nbytes
 from quant.journal import Journal, Resume
@@ -34,8 +35,12 @@ class Result:
 
 
 def output_path(job: Job, output: Path) -> Path:
-    """The file to write: `output` itself, or a file named after model and type in that folder."""
+    """The file to write: `output` itself, or a file named after model and type in that folder.
+
+    Raises CannotCreate for a place that no output can have.
+    """
     if not output.is_dir():
+        check_place(output)
         return output
     name = job.metadata.get("general.name", Value("str", "model")).data
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in str(name)).strip("-.")
@@ -259,7 +264,7 @@ def result_summary(job: Job, result: Result) -> dict:
     }
 
 
-def describe_json(job: Job, needs: Needs) -> str:
+def describe_json(job: Job, needs: Needs, estimate: Estimate) -> str:
     """The job as JSON, for `--dry-run --format json`."""
     plan = job.plan
     return json.dumps(
@@ -269,7 +274,7 @@ def describe_json(job: Job, needs: Needs) -> str:
             "n_weights": plan.n_weights,
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "files": len(plan.files),
-            "needs": {**asdict(needs), "fits": needs.fits},
+            "needs": {**needs.as_json(), **estimate.as_json()},
             "tensors": [
                 {
                     "name": a.name,

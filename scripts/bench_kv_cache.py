@@ -329,8 +329,11 @@ def worst_error(machine: Machine, case, dtype, bits: int, centred: bool, mask_ki
 
 def check_attention(machine: Machine, results: Results) -> None:
     """Every case with every mask, in all dtypes and bits, scratch memory full of NaN; twice."""
-    cases = [*decode.CASES, (2, 2, 7, 4, 5000, 128), (1, 4, 7, 1, 40_000, 128)]
-    settings = itertools.product(cases if machine.cuda else cases[:-1], KINDS)
+    cases = [*decode.CASES, (2, 2, 7, 4, 5000, 128)]
+    if machine.cuda:  # a long one, and head sizes with a tile of each width
+        cases += [(1, 4, 7, 1, 40_000, 128), (2, 2, 5, 4, 700, 48), (1, 1, 8, 1, 900, 112),
+                  (1, 2, 4, 2, 700, 160), (2, 1, 1, 1, 900, 192)]  # fmt: skip
+    settings = itertools.product(cases, KINDS)
     errors = []
     for i, (case, kind) in enumerate(settings):
         dtype = kv_int8.DTYPES[(i + i // 3) % 3]  # in turn: each setting is compiled anew
@@ -552,11 +555,11 @@ def time_candidates(machine: Machine, results: Results, bandwidth: float) -> Non
     kv = filled(machine, batch, heads, context, 128)
     nbytes = batch * heads * context * kv_int8.token_nbytes(128, 128)
     for config in (
-        kernels.CONFIGS[128],
-        kernels.Config(64, 4, 3, 4),
-        kernels.Config(64, 2, 3, 5),
-        kernels.Config(128, 4, 3, 3),
-        kernels.Config(128, 2, 2, 4),
+        kernels.config_of(128),
+        kernels.Config(64, 2, 3, 6),
+        kernels.Config(32, 1, 2, 9),
+        kernels.Config(64, 4, 2, 5),
+        kernels.Config(128, 4, 2, 4),
     ):
         for programs_per_sm in (config.programs_per_sm, 2 * config.programs_per_sm):
             chosen = replace(config, programs_per_sm=programs_per_sm)

@@ -4,12 +4,13 @@ The work is here because a fresh process imports it by name: of the tests, it fi
 in this folder.
 """
 
+import errno
 import os
 import signal
 import time
 from pathlib import Path
 
-from quant.errors import BadInput
+from quant.errors import BadInput, OutputFailed
 from quant.source import open_source
 from quant.to_gguf import Wishes, plan_gguf
 from quant.write_gguf import write_gguf
@@ -30,6 +31,10 @@ def raise_ours(say):
 
 def raise_other(say):
     raise ZeroDivisionError("odd")
+
+
+def fill_disk(say):
+    raise OutputFailed("The disk became full.") from OSError(errno.ENOSPC, "No space left")
 
 
 def kill_itself(say):

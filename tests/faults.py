@@ -429,8 +429,10 @@ def main() -> None:
     journal.ThreadPoolExecutor = AtOnce
     for job in request["jobs"]:
         folder = Path(request["folder"], job.get("folder", "")).resolve()
-        (folder / "out").mkdir(parents=True, exist_ok=True)
-        CliRunner().invoke(cli, job["arguments"])  # imports what children would each import
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        (folder / "out").mkdir(parents=True)
+        done = CliRunner().invoke(cli, job["arguments"])  # imports what children would each import
+        assert done.exit_code == 0, done.output
         assert threading.active_count() == 1
         if passes := sys.modules.get("quant.calibration.passes"):
             passes.PATIENCE = 0  # a state behind every step

@@ -171,8 +171,9 @@ def test_a_plan_that_does_not_fit(tiny_qwq, tmp_path, monkeypatch):
 
     monkeypatch.setattr(preflight, "available_memory", lambda: 1 << 20)
     dry = run("to-gguf", tiny_qwq, "-o", tmp_path / "m.gguf", "--dry-run")
-    assert "DOES NOT FIT" in dry.output
+    assert "DOES NOT FIT" in dry.output and dry.exit_code == 69
     real = run("to-gguf", tiny_qwq, "-o", tmp_path / "m.gguf")
+    assert "MB too little" in real.output
     assert real.exit_code == 69 and not list(tmp_path.iterdir())
 
 

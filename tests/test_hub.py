@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,6 +58,9 @@ REPOSITORIES = {
     "acme/notes": {"notes.txt": b"no model"},
     "acme/gated-files": TINY,
     "acme/big": {"config.json": b"{}", "model.safetensors": bytes(100_000)},
+    **dict.fromkeys(["acme/hurries", "acme/stalls", "acme/moves"], TINY),
+    "acme/breaks-off": {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 400},
+    "acme/damaged": TINY,
 }
 
 
@@ -65,6 +69,10 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     fetched: list[str] = []  # noqa: RUF012 (shared on purpose)
+    troubles: dict[str, int] = {}  # noqa: RUF012
+    """Repository -> how often it still does what its name says."""
+    commits: set[str] = set()  # noqa: RUF012
+    """Of acme/moves: what files were asked for at."""
 
     def log_message(self, *args):
         pass
@@ -90,6 +98,8 @@ class Hub(BaseHTTPRequestHandler):
         files = REPOSITORIES[repository]
         if kind == ["revision"]:
             commit = COMMITS.get("/".join(rest))
+            if repository == "acme/moves" and commit and Hub.commits:
+                commit = COMMITS["v2"]
             if commit is None:
                 self.answer(404, {"X-Error-Code": "RevisionNotFound"})
             else:
@@ -107,7 +117,34 @@ class Hub(BaseHTTPRequestHandler):
                 Hub.fetched.append(f"{repository}/{name}")
             etag = hashlib.sha256(files[name]).hexdigest()
             headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "none"}
-            self.answer(200, headers, files[name])
+            if repository == "acme/moves":
+                Hub.commits.add(commit)
+            if self.command == "GET" and name.endswith(".safetensors") and self.trouble(repository):
+                self.misbehave(repository, headers, files[name])
+            else:
+                self.answer(200, headers, files[name])
+
+    def trouble(self, repository: str) -> bool:
+        """Whether it is to misbehave once more."""
+        n = Hub.troubles.get(repository, 0)
+        Hub.troubles[repository] = max(0, n - 1)
+        return n > 0
+
+    def misbehave(self, repository: str, headers: dict, content: bytes):
+        if repository == "acme/hurries":
+            self.answer(429, {"Retry-After": "1"})
+        elif repository == "acme/damaged":
+            self.answer(200, headers, content[:-1] + bytes([content[-1] ^ 1]))
+        else:  # half of it; then the line is dead, or says nothing
+            self.send_response(200)
+            for key, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            if repository == "acme/stalls":
+                time.sleep(2)
+            self.close_connection = True
 
     do_HEAD = do_GET
 
@@ -331,6 +368,53 @@ def test_a_disk_that_takes_no_more(endpoint, tmp_path):
     assert result["error"] == "OutputFailed", result["text"]
     assert "File too large" in result["text"]
     assert "hf download acme/big" in result["next"]
+
+
+def test_a_hub_in_a_hurry_is_given_time(endpoint, tmp_path):
+    """429 once: waited as long as it says, and asked again."""
+    Hub.troubles["acme/hurries"] = 1
+    (result,) = ask(endpoint, tmp_path, {"model": "acme/hurries"})
+    assert result.get("revision") == COMMITS["main"], result
+    assert Checkpoint.open(Path(result["path"])).tensors.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("repository", ["acme/breaks-off", "acme/stalls"])
+def test_an_interrupted_download_is_no_model_and_the_next_run_completes_it(
+    repository, endpoint, tmp_path
+):
+    Hub.troubles[repository] = 99
+    call, quick = {"model": repository, "token": TOKEN}, {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    (result,) = ask(endpoint, tmp_path, call, **quick)
+    assert result["error"] == "Unavailable" and "could not be downloaded" in result["text"]
+    assert "files that came whole are kept" in result["text"] and "hf download" in result["next"]
+    assert not list(tmp_path.rglob("snapshots/*/*.safetensors"))
+    offline = {"model": repository, "offline": True}
+    (result,) = ask(endpoint, tmp_path, offline)
+    assert result["error"] == "Unavailable", result
+    Hub.troubles[repository] = 0
+    (result,) = ask(endpoint, tmp_path, call, **quick)
+    for name, content in REPOSITORIES[repository].items():
+        if name in TINY or name.endswith(".safetensors"):
+            assert (Path(result["path"]) / name).read_bytes() == content
+
+
+def test_weights_that_arrive_damaged_are_not_kept(endpoint, tmp_path):
+    """Of the right size, with one bit wrong: huggingface_hub alone would take them."""
+    Hub.troubles["acme/damaged"] = 1
+    first, second = ask(endpoint, tmp_path, {"model": "acme/damaged"}, {"model": "acme/damaged"})
+    assert first["error"] == "Unavailable" and "arrived damaged" in first["text"]
+    assert "Run the same command again" in first["next"]
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        assert (Path(second["path"]) / name).read_bytes() == TINY[name]
+
+
+def test_a_branch_that_moves_meanwhile_gives_one_version(endpoint, tmp_path):
+    """Settings and weights are fetched one after the other, at the commit that came first."""
+    Hub.commits.clear()
+    (result,) = ask(endpoint, tmp_path, {"model": "acme/moves"})
+    assert result["revision"] == COMMITS["main"] and Hub.commits == {COMMITS["main"]}
+    (again,) = ask(endpoint, tmp_path, {"model": "acme/moves"})
+    assert again["revision"] == COMMITS["v2"]
 
 
 # Paths: nothing here may ask the hub

@@ -510,13 +510,13 @@ def test_the_preflight_counts_what_another_split_left(model, tmp_path, monkeypat
     """It is removed when the new job begins."""
     from types import SimpleNamespace
 
-    from quant.preflight import measure_needs
+    from quant.gguf_needs import gguf_needs
 
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=0, f_frsize=1))
     interrupt(model, tmp_path / "m.gguf", 15, **SPLIT)
     job = plan_gguf(open_source(str(model)), Wishes("Q8_0"))
     kept = [tmp_path / name for name in hidden(tmp_path)]
-    free = measure_needs(job.plan, job.metadata, tmp_path / "m.gguf").disk_free
+    free = gguf_needs(job, tmp_path / "m.gguf").disk_free
     assert len(kept) == 3 and free == sum(path.stat().st_blocks * 512 for path in kept)
 
 

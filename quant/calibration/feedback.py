@@ -58,11 +58,6 @@ def quantize_streamed(
     return hidden
 
 
-def saved_nbytes(hidden: int) -> int:
-    """Of the states that are kept for another run; hidden: bytes between two layers."""
-    return 2 * hidden
-
-
 class _Enough(Exception):
     """What was wanted of a layer's forward has been seen."""
 

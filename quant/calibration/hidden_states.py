@@ -22,11 +22,6 @@ _held: dict[int, int] = {}
 """id -> bytes of the hidden states that are in memory now."""
 
 
-def hidden_nbytes(config: dict, n_tokens: int, device: str) -> int:
-    """Of the hidden states between two layers of the model with this config.json."""
-    return n_tokens * config["hidden_size"] * (4 if device == "cpu" else 2)
-
-
 class States(Protocol):
     """What a layer can be run on."""
 

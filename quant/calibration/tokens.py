@@ -8,11 +8,15 @@ import numpy as np
 
 from quant.checkpoint import Checkpoint
 from quant.display import printable
-from quant.errors import BadInput
+from quant.errors import BadInput, InputMissing
+from quant.hub import download_command
 from quant.texts import Texts
 
 PIECE = 1 << 18
 """Characters that are tokenized at once: the tokenizer takes some 200 bytes for each."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""What a tokenizer's words are read from."""
 
 LEAST, CHARACTERS_A_TOKEN = 4_000_000, 32
 """Of a text longer than both say, not all is tokenized."""
@@ -36,9 +40,18 @@ class Tokens:
 
 
 def read_tokenizer(folder: Path):
-    """transformers' tokenizer of a model folder; never code from it. Raises BadInput."""
+    """transformers' tokenizer of a model folder; never code from it.
+
+    Raises BadInput, or InputMissing: transformers would make up a tokenizer that knows no words.
+    """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise InputMissing(
+            f"{printable(folder)} holds no tokenizer.",
+            f"One of these is needed: {', '.join(TOKENIZER_FILES)}.",
+            f"Fetch it: {download_command(folder / TOKENIZER_FILES[0])}",
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
@@ -55,7 +68,7 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
     text than asked for, the sequences are spread evenly over it, so that all its kinds are seen.
     Raises BadInput if there is too little text for one sequence, or the model has no such context.
     """
-    _check_context(checkpoint, seq_len)
+    check_context(checkpoint, seq_len)
     tokenizer = read_tokenizer(checkpoint.folder)
     start = _start_tokens(tokenizer)
     encoded = (
@@ -84,7 +97,7 @@ def context_length(checkpoint: Checkpoint) -> float:
     return stated if type(stated) is int and stated > 0 else math.inf
 
 
-def _check_context(checkpoint: Checkpoint, seq_len: int) -> None:
+def check_context(checkpoint: Checkpoint, seq_len: int) -> None:
     """Raise BadInput for sequences that are longer than the model's context."""
     if seq_len > (longest := context_length(checkpoint)):
         raise BadInput(

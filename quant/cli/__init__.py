@@ -47,6 +47,10 @@ SAFELY_STOPPED = 75
 """EX_TEMPFAIL: no failure; the user has what is needed to go on."""
 
 
+class _OutputClosed(Exception):
+    """`| head` closed our output. Not a BrokenPipeError, with which click would end with 1."""
+
+
 class _Commands(click.Group):
     """The commands of COMMANDS, each imported when it is first asked for."""
 
@@ -57,10 +61,16 @@ class _Commands(click.Group):
         try:
             run = super().main
             code = _exit_code(lambda: run(*args, standalone_mode=False, **kwargs))
-        except BrokenPipeError:  # `| head` closed our output
+        except (BrokenPipeError, _OutputClosed):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
         sys.exit(code)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _OutputClosed from error
 
     def list_commands(self, ctx):
         return list(COMMANDS)
@@ -120,7 +130,7 @@ def _exit_code(run) -> int:
         click.echo("Interrupted. Nothing was left half-written.", err=True)
         ended = error.__cause__ or error
         return 128 + ended.args[0] if isinstance(ended, _Ended) else 130
-    except BrokenPipeError:
+    except (BrokenPipeError, _OutputClosed):
         raise
     except Exception as error:
         if "--debug" in sys.argv[1:]:

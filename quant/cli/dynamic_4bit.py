@@ -90,12 +90,13 @@ def command(
       qwq-quant dynamic-4bit examples/tiny-qwq -o small --target-bpw 4.8 --dry-run
     """
     from quant.architectures import find_architecture
-    from quant.cli.calibrating import held_out_tokens
+    from quant.cli.calibrating import held_out_tokens, planned_run
     from quant.cli.measuring import check_of
     from quant.cli.plan_4bit import print_plan, print_written
     from quant.cli.plan_table import print_note
     from quant.cli.resuming import resuming
     from quant.dynamic_4bit import plan_4bit, plan_plain
+    from quant.folder_needs import folder_estimate, folder_nbytes, works_of_4bit
     from quant.formats.nf4 import Bnb4bit
     from quant.source import open_checkpoint
     from quant.write_4bit import fill_4bit, run_4bit
@@ -113,6 +114,12 @@ def command(
 
     plain = replace(plan_plain(checkpoint, format, budget), feedback=gptq)
     must_measure = budget.needs_choice and sensitivity is None
+    metrics = {metric, *FOR_THE_FIGURES} if must_measure else ()
+    layerwise = planned_run(
+        checkpoint, works_of_4bit(plain, metrics, gptq, check), output, folder_nbytes(plain),
+        calibration, n_tokens, seq_len, device, saves=resume != "never",
+    )  # fmt: skip
+    layerwise.needs().require()
     plan = plain if must_measure else planned(_read(sensitivity, calibration, gptq))
     tokens = _tokens(plain, must_measure, calibration, n_tokens, seq_len)
     held_out = held_out_tokens(checkpoint) if check and not dry_run else None
@@ -124,12 +131,12 @@ def command(
     def measured(passes=None):
         from quant.cli.measuring import run_measurement
 
-        metrics = {metric, *FOR_THE_FIGURES}
         return run_measurement(checkpoint, format, metrics, tokens, device, passes)
 
     if dry_run:
-        print_plan(planned(measured()) if must_measure else plan, output_format)
-        return
+        plan, needs = planned(measured()) if must_measure else plan, layerwise.needs()
+        print_plan(plan, output_format, needs, folder_estimate(layerwise, plan))
+        raise click.exceptions.Exit(needs.exit_code)
     with (
         resuming(resume, "step") as resume,
         run_4bit(

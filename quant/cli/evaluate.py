@@ -1,9 +1,13 @@
 """qwq-quant evaluate: how much each of many candidates lost, on one scale."""
 
+import os
+import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from quant.cli import options
 
@@ -88,22 +92,25 @@ from quant.cli import options
     show_default=True,
     help="For folders: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.",
 )
+@options.dry_run
 @options.force
+@options.resume
 @options.output_format
 @options.model_options
 @options.debug
 def command(
     model, candidates, output, text, n_tokens, n_ctx, loops, prompts, profiles, seeds,
-    loop_tokens, questions, tasks, task_limit, run_code, base_file, device, force, output_format,
-    **where,
+    loop_tokens, questions, tasks, task_limit, run_code, base_file, device, dry_run, force, resume,
+    output_format, **where,
 ):  # fmt: skip
     """Measure how much each of CANDIDATES lost against MODEL, whatever their formats.
 
     Folders (16-bit, bitsandbytes, GPTQ) run in transformers, .gguf files in llama.cpp, folders that
     do not fit in memory layer by layer. Perplexity, KL divergence and top-token agreement have
     llama.cpp's definitions. MODEL may also be a file of its --kl-divergence-base. A candidate that
-    cannot be measured is named and left out, and the exit code is 65 then. Run the same command
-    again after an interruption: it goes on.
+    cannot be measured is named and left out, and the exit code is 65 then. What is measured is kept
+    in a hidden folder in the report's until the report is there, or, if a candidate was left out,
+    until that is mended: the same command goes on.
 
     \b
     Examples:
@@ -112,18 +119,15 @@ def command(
           --loops --prompts flappy-bird --loop-tokens 16384 \\
           --sampling qwen-official --sampling unsloth
     """
-    from quant.evaluation.base_file import MAGIC
-    from quant.evaluation.evaluate import evaluate
+    _refuse_options_without_use(loops, tasks)
+
+    from quant.cli.resuming import resuming
+    from quant.display import printable
+    from quant.evaluation.evaluate import PAGE, evaluate
     from quant.evaluation.measuring import Loops, Wishes
     from quant.evaluation.report import check_places, write_report
-    from quant.output_file import check_output_file
     from quant.texts import held_out_texts, read_texts
 
-    check_places(output, force=force)
-    if base_file is not None:
-        check_output_file(
-            base_file, force=force, sources=(), starts_with=MAGIC, kind="file of distributions"
-        )
     _check_device(device)
     if tasks:
         from quant.evaluation.lm_eval_bridge import check_tasks
@@ -141,10 +145,26 @@ def command(
         device=device,
     )
     started = time.monotonic()
-    with _Bars() as bars:
-        reference, found, missing = _find(model, candidates, where)
-        evaluation = evaluate(reference, found, wishes, output, bars, missing, base_file)
-    files = write_report(evaluation, output, force=force)
+    reference, found, missing = _find(model, candidates, where)
+    _preflight(reference, found, wishes, output, base_file is not None, dry_run, output_format)
+
+    def check(again: bool) -> None:
+        check_places(output, force=force or again)
+        _check_base_file(base_file, force or again)
+
+    with _Bars() as bars, resuming(resume, "window or answer") as going_on:
+        evaluation = evaluate(
+            reference,
+            found,
+            wishes,
+            output,
+            bars,
+            missing,
+            base_file,
+            resume=replace(going_on, command=options.typed_command()),
+            check=check,
+            publish=lambda evaluation: write_report(evaluation, output, force=True),
+        )
     if output_format == "json":
         import json
 
@@ -153,8 +173,89 @@ def command(
         from quant.cli.evaluation_table import print_evaluation
 
         print_evaluation(evaluation)
-        click.echo(f"\n{files[0]}, in {time.monotonic() - started:.1f} s.")
+        click.echo(f"\n{printable(output / PAGE)}, in {time.monotonic() - started:.1f} s.")
+    if evaluation.failed:
+        _tell_what_is_kept(output)
     return 65 if evaluation.failed else 0
+
+
+def _preflight(
+    reference, found, wishes, output: Path, keeps_base: bool, dry_run: bool, output_format: str
+) -> None:
+    """Refuse what cannot fit. A dry run ends here: what it takes is printed."""
+    from quant.calibration.device import choose_device
+    from quant.evaluation.needs import EvaluationRun
+
+    device = choose_device(wishes.device)
+    run = EvaluationRun(reference, found, wishes, output, device, keeps_base)
+    needs = run.needs()
+    if not dry_run:
+        return needs.require()
+    estimate = run.estimate()
+    if output_format == "json":
+        import json
+
+        click.echo(json.dumps({"needs": {**needs.as_json(), **estimate.as_json()}}, indent=1))
+    else:
+        from quant.cli.plan_table import print_needs, print_note
+
+        click.echo(f"{1 + len(found)} models read about {run.n_tokens} tokens, one by one.")
+        print_needs(needs, estimate)
+        if wishes.tasks:
+            print_note("How long lm-eval's tasks take is not known beforehand.")
+    raise click.exceptions.Exit(needs.exit_code)
+
+
+def _refuse_options_without_use(loops: bool, tasks: str | None) -> None:
+    """Raise UsageError for options that only count with another one that was not given."""
+    context = click.get_current_context()
+    of_others = {
+        "--loops": () if loops else ("prompts", "profiles", "seeds", "loop_tokens"),
+        "--tasks": () if tasks else ("task_limit", "run_code"),
+    }
+    for other, names in of_others.items():
+        for option in context.command.params:
+            typed = context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+            if option.name in names and typed:
+                raise click.UsageError(f"{option.opts[0]} is of no use without {other}.")
+
+
+def _check_base_file(path: Path | None, force: bool) -> None:
+    """Refuse before hours of work what could not be written after them."""
+    from quant.display import printable
+    from quant.errors import CannotCreate
+    from quant.evaluation.base_file import MAGIC
+    from quant.output_file import check_output_file
+
+    if path is None:
+        return
+    check_output_file(
+        path, force=force, sources=(), starts_with=MAGIC, kind="file of distributions"
+    )
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        shown = printable(path.parent)
+        raise CannotCreate(
+            f"{printable(path)} cannot be written.",
+            f"There is no folder {shown}." if not path.parent.is_dir() else f"{shown} is not ours.",
+            "Choose another place with --base-file.",
+        )
+
+
+def _tell_what_is_kept(output: Path) -> None:
+    """After a run that left a candidate out."""
+    from quant.cli.plan_table import print_note
+    from quant.display import human_bytes, printable
+    from quant.durable import journal_path
+    from quant.evaluation.evaluate import PAGE, WORK, kept_nbytes
+
+    if nbytes := kept_nbytes(output):
+        print_note(
+            f"What was measured is kept, {human_bytes(nbytes)}: mend what was left out and run the "
+            "same command with --force, which measures only that. Or remove it:",
+            err=True,
+        )
+        kept = (output / WORK, journal_path(output / PAGE))
+        click.echo(f"rm -r {shlex.join(printable(place, 4096) for place in kept)}", err=True)
 
 
 def _check_device(device: str) -> None:
@@ -186,7 +287,10 @@ def _find(model: str, candidates: tuple[str, ...], where: dict):
     from quant.hub import resolve
 
     path = Path(model)
-    candidates = tuple(dict.fromkeys(candidates))  # typed twice, measured once
+    places = {}
+    for name in candidates:  # typed twice, measured once
+        places.setdefault(os.path.normpath(name), name)
+    candidates = tuple(places.values())
     among = (model, *candidates)
     reference = Model(
         _short(model, among), path if is_base_file(path) else resolve(model, **where).path

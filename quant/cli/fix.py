@@ -29,12 +29,13 @@ from quant.cli import options
 @click.option(
     "--recipe", metavar="NAME|FILE", help="What to expect. [default: by the model's name]"
 )
+@options.dry_run
 @options.force
 @options.output_format
 @options.model_options
 @options.debug
-def command(model, output, apply, everything, recipe, force, output_format, revision, token,
-            cache_dir, offline, **wishes):  # fmt: skip
+def command(model, output, apply, everything, recipe, dry_run, force, output_format, revision,
+            token, cache_dir, offline, **wishes):  # fmt: skip
     """Write a repaired copy of the checkpoint MODEL.
 
     The weights are hard links to the source's, or copies on another file system; the source is
@@ -48,7 +49,7 @@ def command(model, output, apply, everything, recipe, force, output_format, revi
       qwq-quant fix examples/tiny-qwq -o long --yarn 4
     """
     from quant.doctor.opening import open_to_examine
-    from quant.fix import Wanted, plan_fix, write_fix
+    from quant.fix import Wanted, fix_needs, plan_fix, write_fix
 
     source = open_to_examine(
         model, revision=revision, token=token, cache_dir=cache_dir, offline=offline
@@ -57,6 +58,11 @@ def command(model, output, apply, everything, recipe, force, output_format, revi
     plan = plan_fix(source, recipe, Wanted(ids, everything, **wishes))
     if not plan.contents:
         _refuse_idle(plan, everything)
+    needs, estimate = fix_needs(plan, output)
+    if dry_run:
+        _print_plan(plan, needs, estimate, output_format)
+        raise click.exceptions.Exit(needs.exit_code)
+    needs.require()
     fixed = write_fix(plan, output, force=force, command=options.typed_command())
     if output_format == "json":
         click.echo(json.dumps(_as_json(plan, fixed), indent=1))
@@ -87,21 +93,41 @@ def _refuse_idle(plan, everything: bool) -> None:
     raise UsageError("Nothing that was found can be mended.", " ".join(plan.notes))
 
 
-def _as_json(plan, fixed) -> dict:
+def _print_plan(plan, needs, estimate, output_format: str) -> None:
+    """What would be changed, and what it takes."""
+    from quant.cli.findings import print_report
+    from quant.cli.plan_table import print_needs
+
+    if output_format == "json":
+        taken = {"needs": {**needs.as_json(), **estimate.as_json()}}
+        click.echo(json.dumps({**_plan_json(plan), **taken}, indent=1))
+        return
+    print_report(plan.before, details=False)
+    click.echo()
+    _print_changes(plan)
+    print_needs(needs, estimate)
+
+
+def _plan_json(plan) -> dict:
     return {
-        "output": str(fixed.folder),
         "mended": list(plan.mended),
         "changes": list(plan.notes),
         "changed_files": sorted(plan.contents),
-        "shards": {"linked": fixed.linked, "copied": fixed.copied},
         "before": plan.before.as_json(),
+    }
+
+
+def _as_json(plan, fixed) -> dict:
+    return {
+        "output": str(fixed.folder),
+        **_plan_json(plan),
+        "shards": {"linked": fixed.linked, "copied": fixed.copied},
         "after": fixed.after.as_json(),
     }
 
 
 def _print(plan, fixed) -> None:
     from quant.cli.findings import print_report
-    from quant.cli.plan_table import print_note
     from quant.display import printable
 
     click.echo("Before")
@@ -109,10 +135,17 @@ def _print(plan, fixed) -> None:
     click.echo("\nAfter")
     print_report(fixed.after, details=False)
     click.echo()
+    _print_changes(plan)
+    n, verb = (fixed.linked, "linked") if fixed.linked else (fixed.copied, "copied")
+    mended = ", ".join(plan.mended) or "as asked"
+    click.echo(f"{printable(fixed.folder)}: mended {mended}; shards {verb}: {n}.")
+
+
+def _print_changes(plan) -> None:
+    from quant.cli.plan_table import print_note
+    from quant.display import printable
+
     for note in plan.notes:
         print_note(printable(note))
     files = ", ".join(sorted(plan.contents))
     click.echo(f"Changed: {files}")
-    n, verb = (fixed.linked, "linked") if fixed.linked else (fixed.copied, "copied")
-    mended = ", ".join(plan.mended) or "as asked"
-    click.echo(f"{printable(fixed.folder)}: mended {mended}; shards {verb}: {n}.")

@@ -110,11 +110,12 @@ def command(
     from quant.architectures import find_architecture
     from quant.budget import NOTHING
     from quant.calibration.device import choose_device
-    from quant.cli.calibrating import calibration_tokens, held_out_tokens
+    from quant.cli.calibrating import calibration_tokens, held_out_tokens, planned_run
     from quant.cli.gptq_table import print_plan, print_written
     from quant.cli.plan_table import print_note
     from quant.cli.progress import Progress
     from quant.cli.resuming import resuming
+    from quant.folder_needs import folder_estimate, folder_nbytes, works_of_gptq
     from quant.formats.gptq import Gptq
     from quant.gptq_model import plan_gptq, spend_budget
     from quant.lora import merge_notes
@@ -126,16 +127,23 @@ def command(
     format = Gptq(int(bits), group_size, symmetric)
     plan = plan_gptq(checkpoint, format, damp, static_groups, budget or NOTHING)
     plan = replace(plan, notes=(*merge_notes(checkpoint.tensors), *plan.notes))
+    n_measured = min(n_tokens, MEASURED_TOKENS)
+    layerwise = planned_run(
+        checkpoint, works_of_gptq(plan, check, n_measured), output, folder_nbytes(plan),
+        calibration, n_tokens, seq_len, device, saves=resume != "never",
+    )  # fmt: skip
+    layerwise.needs().require()
     must_measure, few = plan.budget.needs_choice, None
     if must_measure or not dry_run:
         device = choose_device(device)
     if must_measure:
-        few = calibration_tokens(checkpoint, calibration, min(n_tokens, MEASURED_TOKENS), seq_len)
+        few = calibration_tokens(checkpoint, calibration, n_measured, seq_len)
     if dry_run:
         if must_measure:
             plan = spend_budget(plan, _measured(plan, few, device))
-        print_plan(plan, output_format)
-        return
+        needs = layerwise.needs()
+        print_plan(plan, output_format, needs, folder_estimate(layerwise, plan))
+        raise click.exceptions.Exit(needs.exit_code)
     tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
     check_tokens(plan, tokens)
     held_out = held_out_tokens(checkpoint) if check else None

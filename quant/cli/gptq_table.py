@@ -6,14 +6,15 @@ from dataclasses import asdict
 import click
 
 from quant.cli.plan_4bit import print_curve, print_gap, print_outcome, tokens_needed
-from quant.cli.plan_table import print_columns, print_note
+from quant.cli.plan_table import print_columns, print_needs, print_note
 from quant.display import human_bytes, printable
 
 
-def print_plan(plan, output_format: str) -> None:
-    """Groups with their errors, prices and bits; what it makes in all; notes. On stdout."""
+def print_plan(plan, output_format: str, needs, estimate) -> None:
+    """Groups with their errors, prices and bits; what it makes in all, and takes; notes."""
     if output_format == "json":
-        click.echo(json.dumps(_plan_json(plan), indent=1))
+        taken = {"needs": {**needs.as_json(), **estimate.as_json()}}
+        click.echo(json.dumps({**_plan_json(plan), **taken}, indent=1))
         return
     if plan.choice:
         _print_groups(plan)
@@ -24,6 +25,7 @@ def print_plan(plan, output_format: str) -> None:
         click.echo(tokens_needed(plan).capitalize())
     if plan.solution:
         print_gap(plan.solution)
+    print_needs(needs, estimate)
     for note in plan.notes:
         print_note(note)
 

@@ -14,12 +14,13 @@ from quant.cli.mending import lora_option
 @click.option("-o", "--output", required=True, type=options.Output(), help="File to write (GGUF).")
 @options.calibration_options(seq_len=512, n_tokens=65536)
 @lora_option
+@options.dry_run
 @options.force
 @options.resume
 @options.model_options
 @options.debug
 def command(
-    model, output, calibration, n_tokens, seq_len, device, force, resume, revision, token,
+    model, output, calibration, n_tokens, seq_len, device, dry_run, force, resume, revision, token,
     cache_dir, offline, lora,
 ):  # fmt: skip
     """Compute the importance matrix of MODEL, for to-gguf --imatrix and llama-quantize.
@@ -35,6 +36,8 @@ def command(
           --imatrix imatrix.gguf
     """
     from quant.architectures import find_architecture
+    from quant.calibration.needs import IMPORTANCE, numbers_nbytes
+    from quant.cli.calibrating import planned_run, preflight
     from quant.cli.plan_table import print_note
     from quant.cli.progress import Progress
     from quant.display import printable
@@ -62,6 +65,11 @@ def command(
 
     if interrupted_job(output) is None:  # else it may have written the output itself
         check()
+    run = planned_run(
+        checkpoint, [IMPORTANCE], output, numbers_nbytes(checkpoint),
+        calibration, n_tokens, seq_len, device, saves=resume != "never",
+    )  # fmt: skip
+    preflight(run, dry_run)
     for note in merge_notes(checkpoint.tensors):
         print_note(note, err=True)
     texts = built_in_texts() if calibration is None else read_texts(calibration)

@@ -18,11 +18,12 @@ from quant.cli import options
     help="File to write (safetensors), a few hundred kB.",
 )
 @options.calibration_options(seq_len=512, n_tokens=16384)
+@options.dry_run
 @options.force
 @options.resume
 @options.model_options
 @options.debug
-def command(model, output, calibration, n_tokens, seq_len, device, force, resume, **where):
+def command(model, output, calibration, n_tokens, seq_len, device, dry_run, force, resume, **where):
     """Measure how MODEL's keys lie in each channel, for Int8Cache(config, scales=...).
 
     Runs the checkpoint over a text, one decoder layer in memory at a time. Models with key biases
@@ -38,6 +39,8 @@ def command(model, output, calibration, n_tokens, seq_len, device, force, resume
       model.generate(**inputs, past_key_values=cache)
     """
     from quant.architectures import find_architecture
+    from quant.calibration.needs import KV_SCALES, numbers_nbytes
+    from quant.cli.calibrating import planned_run, preflight
     from quant.cli.progress import Progress
     from quant.display import printable
     from quant.journal import interrupted_job
@@ -54,6 +57,11 @@ def command(model, output, calibration, n_tokens, seq_len, device, force, resume
 
     if interrupted_job(output) is None:  # else it may have written the output itself
         check()
+    run = planned_run(
+        checkpoint, [KV_SCALES], output, numbers_nbytes(checkpoint),
+        calibration, n_tokens, seq_len, device, saves=resume != "never",
+    )  # fmt: skip
+    preflight(run, dry_run)
     texts = built_in_texts() if calibration is None else read_texts(calibration)
     started = time.monotonic()
 

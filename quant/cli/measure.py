@@ -26,13 +26,14 @@ from quant.cli.mending import lora_option
 @options.format_4bit_options
 @options.calibration_options(seq_len=256, n_tokens=8192)
 @lora_option
+@options.dry_run
 @options.force
 @options.resume
 @options.model_options
 @options.debug
 def command(
     model, output, metrics, quant_type, double_quant, search_scales, calibration, n_tokens,
-    seq_len, device, force, resume, **where,
+    seq_len, device, dry_run, force, resume, **where,
 ):  # fmt: skip
     """Measure what 4 bits do to each layer of MODEL, for dynamic-4bit and plot.
 
@@ -47,7 +48,8 @@ def command(
       qwq-quant plot sensitivity.json -o figures
     """
     from quant.architectures import find_architecture
-    from quant.cli.calibrating import calibration_tokens
+    from quant.calibration.needs import numbers_nbytes, of_metrics
+    from quant.cli.calibrating import calibration_tokens, planned_run, preflight
     from quant.cli.measuring import check_enough
     from quant.cli.plan_table import print_note
     from quant.cli.progress import Progress
@@ -65,10 +67,21 @@ def command(
     sources = source_files(checkpoint)
 
     def check() -> None:
-        check_output_file(output, force=force, sources=sources, starts_with=b"{", kind="JSON file")
+        check_output_file(
+            output,
+            force=force,
+            sources=sources,
+            starts_with=b'{\n "qwq',  # not {: config.json may be one mistyped name away
+            kind="file of sensitivities",
+        )
 
     if interrupted_job(output) is None:  # else it may have written the output itself
         check()
+    run = planned_run(
+        checkpoint, of_metrics(metrics, checkpoint), output, numbers_nbytes(checkpoint),
+        calibration, n_tokens, seq_len, device, saves=resume != "never",
+    )  # fmt: skip
+    preflight(run, dry_run)
     for note in merge_notes(checkpoint.tensors):
         print_note(note, err=True)
     started = time.monotonic()

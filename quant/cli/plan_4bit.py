@@ -5,21 +5,23 @@ from dataclasses import asdict
 
 import click
 
-from quant.cli.plan_table import print_columns, print_note
+from quant.cli.plan_table import print_columns, print_needs, print_note
 from quant.display import human_bytes, printable
 
 N_CURVE_ROWS = 9
 
 
-def print_plan(plan, output_format: str) -> None:
-    """Groups with their error, price and fate; damage against size; notes. On stdout."""
+def print_plan(plan, output_format: str, needs, estimate) -> None:
+    """Groups with their error, price and fate; damage against size; what it takes; notes."""
     if output_format == "json":
-        click.echo(json.dumps(_plan_json(plan), indent=1))
+        taken = {"needs": {**needs.as_json(), **estimate.as_json()}}
+        click.echo(json.dumps({**_plan_json(plan), **taken}, indent=1))
         return
     if plan.choice:
         _print_groups(plan)
         print_curve(plan.choice)
     print_totals(plan)
+    print_needs(needs, estimate)
     for note in plan.notes:
         print_note(note)
 

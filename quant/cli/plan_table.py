@@ -1,6 +1,7 @@
 """The plan of a GGUF file as a table that fits 80 columns."""
 
 import sys
+import tempfile
 import textwrap
 from collections import Counter
 
@@ -9,7 +10,7 @@ import click
 from quant.display import human_bytes, printable
 
 
-def print_plan(job, needs) -> None:
+def print_plan(job, needs, estimate) -> None:
     """Tensors folded to classes, totals, needs, notes; on stdout."""
     rows = [("tensor", "n", "from", "to", "size", "why")]
     classes = job.plan.classes()
@@ -31,11 +32,24 @@ def print_plan(job, needs) -> None:
         f"\n{len(plan.assignments)} tensors, {plan.n_weights / 1e6:.1f} million weights: "
         f"{human_bytes(plan.nbytes)}{files}, {plan.bits_per_weight:.2f} bits per weight"
     )
-    click.echo(f"Disk:   {_against(needs.disk, needs.disk_free)}")
-    click.echo(f"Memory: {_against(needs.memory, needs.memory_free)}")
+    print_needs(needs, estimate)
     for note in job.notes:
         print_note(note)
     sys.stdout.flush()
+
+
+def print_needs(needs, estimate) -> None:
+    """What a run takes against what there is, how long it takes, and what stands in its way."""
+    click.echo(f"Disk:   {_against(needs.disk, needs.disk_free)}")
+    if needs.temporary:
+        folder = f" in {printable(tempfile.gettempdir(), 30)}"
+        click.echo(f"Files:  {_against(needs.temporary, needs.temporary_free)}{folder}")
+    click.echo(f"Memory: {_against(needs.memory, needs.memory_free)}")
+    click.echo(f"Time:   {estimate}")
+    if needs.obstacle is not None:
+        whole = {"break_on_hyphens": False, "break_long_words": False}  # of paths
+        lines = textwrap.wrap(f"Output: CANNOT BE WRITTEN. {needs.obstacle.what}", 72, **whole)
+        click.echo("\n        ".join(lines))
 
 
 def _narrow(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -42,10 +42,11 @@ def command(sensitivity, output, metric, force):
       qwq-quant plot sensitivity.json -o figures --metric weight --force
     """
     from quant.display import human_bytes, printable
-    from quant.report.files import write_files
+    from quant.report.files import report_needs, write_files
     from quant.report.sensitivity_report import sensitivity_report
     from quant.sensitivity import read_sensitivity
 
+    report_needs(output).require()
     files = sensitivity_report(read_sensitivity(sensitivity), metric=metric)
     write_files(output, files, force=force, sources=[sensitivity])
     for name, data in files.items():

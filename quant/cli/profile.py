@@ -102,6 +102,7 @@ def command(
 
     from quant.profiling.profile import plan_profile, profile
     from quant.profiling.report import as_json, check_places, write_report
+    from quant.report.files import report_needs
 
     variants = _variants(model, quantized, where)
     started = time.monotonic()
@@ -110,6 +111,7 @@ def command(
         found = plan_profile(variants, cases, machine)
     else:
         check_places(output, force=force)
+        report_needs(output).require()
         with Progress("Profiling, runs", len(variants) * len(cases) * repeats) as bar:
             found = profile(variants, cases, machine, repeats, bar.advance)
         files = write_report(found, _short(model), output, force=force)

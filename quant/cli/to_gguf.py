@@ -170,10 +170,11 @@ def command(
     choices = Choices(output_type, embedding_type, tensor_types, pure)
     target = _target(target_bpw, target_size)
     wishes |= {"target": target, "max_file_nbytes": split_max_size, "choices": choices}
+    started = time.monotonic()
     job = _plan(mended.source, Wishes(recipe=mended.chosen if speaks else None, **wishes))
     job = replace(job, notes=(*mended.notes, *job.notes))
     if dry_run:
-        return _print_plan(job, output, output_format)
+        return _print_plan(job, output, output_format, time.monotonic() - started)
     return _write(job, output, force, nan_policy, output_format, resume)
 
 
@@ -200,17 +201,18 @@ def _plan(source, wishes):
         return plan_gguf(source, wishes, show)
 
 
-def _print_plan(job, output: Path, output_format: str) -> int:
+def _print_plan(job, output: Path, output_format: str, planning: float) -> int:
     """Print the plan; the exit code says whether it fits."""
     from quant.cli.plan_table import print_plan
-    from quant.preflight import measure_needs
+    from quant.gguf_needs import gguf_estimate, gguf_needs
     from quant.write_gguf import describe_json, output_path
 
-    needs = measure_needs(job.plan, job.metadata, output_path(job, output))
+    path = output_path(job, output)
+    needs, estimate = gguf_needs(job, path), gguf_estimate(job, path, planning)
     if output_format == "json":
-        click.echo(describe_json(job, needs))
+        click.echo(describe_json(job, needs, estimate))
     else:
-        print_plan(job, needs)
+        print_plan(job, needs, estimate)
     return needs.exit_code
 
 
@@ -221,11 +223,11 @@ def _write(
     from quant.cli.progress import BytesProgress
     from quant.cli.resuming import resuming
     from quant.display import printable
-    from quant.preflight import measure_needs, require
+    from quant.gguf_needs import gguf_needs
     from quant.write_gguf import output_path, result_summary, write_gguf
 
     path = output_path(job, output)
-    require(measure_needs(job.plan, job.metadata, path), path.parent)
+    gguf_needs(job, path).require()
     for note in job.notes:
         print_note(note, err=True)
     started = time.monotonic()

@@ -2,15 +2,13 @@
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 from quant.durable import translated_errors
-from quant.evaluation.loops import Answer
 
 
 class AnswerFile:
-    """Answers in the order they are given; a torn last line is thrown away.
+    """Answers in the order they are given, as JSON; a torn last line is thrown away.
 
     `append` returns when the answer is on the disk: a thought of 16,000 tokens takes an hour. Use
     as a context manager; the folder's owner sees to it that one process at a time writes.
@@ -23,9 +21,13 @@ class AnswerFile:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             self._descriptor = os.open(path, flags, 0o666)
             raw = path.read_bytes()
-            for line in raw[: raw.rfind(b"\n") + 1].splitlines():
-                self.answers.append(Answer(**json.loads(line)))
-            self._nbytes = raw.rfind(b"\n") + 1
+            self._nbytes = 0
+            for line in raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True):
+                try:
+                    self.answers.append(json.loads(line))
+                except ValueError:  # the power failed, and zeros are left of it and those behind it
+                    break
+                self._nbytes += len(line)
             os.ftruncate(self._descriptor, self._nbytes)
 
     def __enter__(self) -> "AnswerFile":
@@ -34,9 +36,9 @@ class AnswerFile:
     def __exit__(self, *exc) -> None:
         os.close(self._descriptor)
 
-    def append(self, answer: Answer) -> None:
+    def append(self, answer: object) -> None:
         """Raises OutputFailed."""
-        line = json.dumps(asdict(answer)).encode() + b"\n"
+        line = json.dumps(answer).encode() + b"\n"
         with translated_errors(self._path):
             done = 0
             while done < len(line):

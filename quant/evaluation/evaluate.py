@@ -2,12 +2,17 @@
 
 The reference reads the text first and its distributions are kept on the disk; then each candidate
 is measured in a process of its own, so one that does not load, or crashes, or is killed, is named
-and left out, and the others' figures stand. What is done is kept in a folder beside the report
-until everything is, so that the same command goes on where it was interrupted.
+and left out, and the others' figures stand.
+
+    report/.report.html.journal     what was asked, and a line for each window, answer or request
+    report/.evaluate.partial/       what they gave, in files named by a hash of what it hangs on
+
+So the same command goes on where it was interrupted. Candidates are no part of what was asked: one
+that was added or mended meanwhile is measured, the others' figures stand. Both are removed when
+the report is there, unless a candidate was left out and may be mended.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +24,8 @@ import numpy as np
 
 from quant import __version__
 from quant.display import printable
-from quant.durable import PendingFile, translated_errors
-from quant.errors import CannotCreate, QwqQuantError
+from quant.durable import PendingFile, flush_folder, translated_errors
+from quant.errors import CannotCreate, OutputFailed, QwqQuantError
 from quant.evaluation.base_file import MAGIC, BaseFile
 from quant.evaluation.divergence import (
     Accumulator,
@@ -34,18 +39,28 @@ from quant.evaluation.measuring import (
     Answers,
     Reference,
     Wishes,
+    identity,
+    key_of,
     measure_candidate,
     measure_reference,
     model_files,
     read_nll,
     read_scores,
 )
+from quant.fingerprint import fingerprint
+from quant.journal import Journal, Resume, Stopped
 from quant.manifest import library_versions
 
 COPIED_NBYTES = 8 << 20
 
+PAGE = "report.html"
+"""In the report's folder; a journal of this output says what is finished."""
+
 WORK = ".evaluate.partial"
 """The folder of unfinished work, in the report's."""
+
+CODE = ("evaluation", "calibration", "gguf_file.py", "texts.py")
+"""What makes figures of models."""
 
 DP_EDGES = (
     -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, -0.005, -0.002, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
@@ -146,26 +161,43 @@ def evaluate(
     listener: Listener,
     missing: Sequence[Failed] = (),
     base_file: Path | None = None,
+    resume: Resume | None = None,
+    check: Callable[[bool], object] = lambda again: None,
+    publish: Callable[[Evaluation], object] = lambda evaluation: None,
 ) -> Evaluation:
-    """Measure all of them. output: the report's folder, which is made if need be.
+    """Measure all of them, or what an interrupted run left to measure.
 
-    missing: candidates that were not even found; they are in `failed` too, like those that cannot
-    be measured. base_file: where to keep the reference's distributions, as llama-perplexity's
-    --kl-divergence-base does. Raises what is wrong with the reference, the text or the disk.
+    output: the report's folder, which is made if need be. missing: candidates that were not even
+    found; they are in `failed` too, like those that cannot be measured. base_file: where to keep
+    the reference's distributions, as llama-perplexity's --kl-divergence-base does.
+    check(again) is called before any work: it raises if the files that publish(evaluation) is going
+    to write must not be; again: an earlier run of the job has begun to write them.
+    Raises what is wrong with the reference, the text or the disk, or Stopped.
     """
-    with _work_folder(output) as work:
+    resume = resume or Resume()
+    asked = _fingerprint(reference, wishes)
+    with (
+        _made_folder(output),
+        Journal(output / PAGE, asked, resume, "windows and answers", None) as journal,
+    ):
+        check(journal.completed is not None)
+        units = {model.name: _unit(model, wishes) for model in (*candidates, reference)}
+        work = _take_up(journal, output / WORK, units, listener)
         measured, failed = [], list(missing)
         for each in missing:
             listener.note(_left_out(each))
-        known, answers = _run_reference(reference, wishes, work, listener)
-        if base_file is not None:
-            _copy_whole(known.base, base_file)
+
+        def run(model: Model, *call):
+            hear = _hear(listener, journal, units[model.name])
+            return run_isolated(*call, hear, journal.tick)
+
+        known, answers = _run_reference(reference, wishes, work, run)
         for candidate in candidates:
             try:
-                scores, found = run_isolated(
-                    measure_candidate, (candidate.path, known, wishes, work), _hear(listener)
-                )
-                measured.append(_measured(candidate, known, scores, found))
+                call = measure_candidate, (candidate.path, known, wishes, work)
+                measured.append(_measured(candidate, known, *run(candidate, *call)))
+            except (Stopped, OutputFailed, CannotCreate):  # no fault of the candidate's
+                raise
             except QwqQuantError as error:
                 failed.append(Failed(candidate.name, error))
                 listener.note(_left_out(failed[-1]))
@@ -176,55 +208,145 @@ def evaluate(
             _about_text(known, wishes),
             _about_settings(wishes),
         )
-        if not failed:
-            shutil.rmtree(work)
+        journal.complete(True)
+        if base_file is not None:
+            _copy_whole(known.base, base_file)
+        publish(evaluation)
+        if failed:
+            journal.leave()
     return evaluation
 
 
 @contextlib.contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """The folder for unfinished work, locked; gone at the end if nothing is in it.
-
-    Raises CannotCreate if another run has it.
-    """
-    work = output / WORK
+def _made_folder(output: Path) -> Iterator[None]:
+    """The report's folder; gone at the end if it is new and still empty. Raises CannotCreate."""
     is_new = not output.exists()
-    with translated_errors(work):
-        output.mkdir(exist_ok=True)
-        work.mkdir(exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        _lock(descriptor, output)
-        try:
-            yield work
-        finally:
-            with contextlib.suppress(OSError):  # there is something in it, or it is gone
-                work.rmdir()
-            with contextlib.suppress(OSError):
-                if is_new:
-                    output.rmdir()
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, output: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not is_new and not output.is_dir():
         raise CannotCreate(
-            f"Another run is writing {printable(output)} just now.",
-            "",
-            "Wait for it, or choose another folder with -o.",
-        ) from None
+            f"{printable(output)} is not a folder.", "", "Choose another folder with -o."
+        )
+    with translated_errors(output):
+        output.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                output.rmdir()
+
+
+# --- going on with an interrupted run ---------------------------------------------------------
+
+
+def _fingerprint(reference: Model, wishes: Wishes) -> dict:
+    """What all figures hang on."""
+    if is_base_file(reference.path):
+        status = reference.path.stat()
+        files = status.st_size, status.st_mtime_ns
+    else:
+        _, files = identity(reference.path, wishes)[0]
+    facts = {
+        "context": wishes.n_ctx,
+        "tokens": wishes.n_tokens or "all",
+        "tasks": ", ".join(wishes.tasks) or "none",
+        "task limit": wishes.task_limit or "none",
+        "files of the model": {"files": files},
+    }
+    return fingerprint(
+        code=CODE,
+        hashed={
+            "content of the text": wishes.texts.sha256,
+            "loops": wishes.loops,
+            "questions": wishes.questions,
+        },
+        model=str(reference.path.resolve()),
+        text=wishes.texts.name,
+        device=wishes.device,
+        **library_versions(),
+        **facts,
+    )
+
+
+def _unit(model: Model, wishes: Wishes) -> dict:
+    """The journal's line for anything that is done with a model as it is now."""
+    try:
+        files = identity(model.path, wishes)
+    except QwqQuantError as error:  # its turn comes; a base file gives no unit
+        files = error.what
+    return {"model": model.name, "files": key_of(files)}
+
+
+class _Work:
+    """The folder of what was measured, as the journal holds it; files in it are flushed already."""
+
+    flush_failed = False
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def begin(self, taken_up: bool) -> Path:
+        """The folder, with what an earlier run left in it or empty."""
+        with translated_errors(self._path):
+            if not taken_up and self._path.exists():
+                shutil.rmtree(self._path)
+            self._path.mkdir(exist_ok=True)
+            os.close(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW))
+        return self._path
+
+    def flush(self) -> None:
+        """Make the names of the files in it last."""
+        with translated_errors(self._path):
+            flush_folder(self._path)
+
+    def keep(self) -> None:
+        pass
+
+    def discard(self) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _take_up(journal: Journal, path: Path, units: dict[str, dict], listener: Listener) -> Path:
+    """The folder of work, with what an earlier run finished for models that are still as they were.
+
+    units: of each model's name, its line in the journal.
+    """
+    work = journal.hold(_Work(path))
+    is_there = path.is_dir() and any(unit in journal.units for unit in units.values())
+    n_units = len(journal.units) if is_there else 0
+    journal.begin(n_units)
+    done = [unit.get("model") for unit in journal.units[:n_units] if isinstance(unit, dict)]
+    for name, unit in units.items():
+        if name in done and unit not in journal.units:
+            listener.note(f"{printable(name)} is not as it was, so it is measured anew.")
+    return work.begin(taken_up=n_units > 0)
+
+
+def _hear(listener: Listener, journal: Journal, unit: dict) -> Callable:
+    """What is done with a process's words: each advance is a unit, on the disk by now."""
+
+    def hear(kind: str, *rest) -> None:
+        if kind == "advance":
+            journal.append(unit)
+        getattr(listener, kind)(*rest)
+
+    return hear
+
+
+def kept_nbytes(output: Path) -> int:
+    """What a run on this folder left for another, in bytes."""
+    return sum(file.stat().st_size for file in (output / WORK).glob("*"))
+
+
+# --- models -----------------------------------------------------------------------------------
 
 
 def _run_reference(
-    reference: Model, wishes: Wishes, work: Path, listener: Listener
+    reference: Model, wishes: Wishes, work: Path, run: Callable
 ) -> tuple[Reference, Answers]:
     if is_base_file(reference.path):
         n_windows = len(BaseFile.open(reference.path).tokens)
         return Reference(reference.path.resolve(), None, ("",) * n_windows), Answers()
-    return run_isolated(measure_reference, (reference.path, wishes, work), _hear(listener))
+    return run(reference, measure_reference, (reference.path, wishes, work))
 
 
 def _copy_whole(source: Path, path: Path) -> None:
@@ -243,10 +365,6 @@ def _copy_whole(source: Path, path: Path) -> None:
 
 def _left_out(failed: Failed) -> str:
     return f"{printable(failed.name)} is left out. {failed.error.what} {failed.error.why}"
-
-
-def _hear(listener: Listener) -> Callable:
-    return lambda kind, *rest: getattr(listener, kind)(*rest)
 
 
 # --- figures ----------------------------------------------------------------------------------

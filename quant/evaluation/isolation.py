@@ -18,15 +18,21 @@ from quant import errors
 from quant.display import printable
 from quant.errors import BadInput, QwqQuantError, Unavailable
 
+PATIENCE = 0.2
+"""Seconds without a message before it is asked whether to go on waiting."""
+
 Say = Callable[..., None]
 """How work reports: say("begin", label, total), say("advance", n), say("note", text)."""
 
 
-def run_isolated(work: Callable, arguments: tuple, on_message: Callable) -> object:
+def run_isolated(
+    work: Callable, arguments: tuple, on_message: Callable, tick: Callable = lambda: None
+) -> object:
     """work(*arguments, say) in a fresh process; what it returns, which must be plain data.
 
-    on_message is called with what the work says. Raises what the work raised if it is one of
-    quant.errors, BadInput for any other failure or a death by a signal.
+    on_message is called with what the work says, tick while it says nothing. Raises what the work
+    raised if it is one of quant.errors, BadInput for any other failure or a death by a signal: with
+    a ChildProcessError as its cause, for the next time that may go well.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -35,40 +41,58 @@ def run_isolated(work: Callable, arguments: tuple, on_message: Callable) -> obje
     theirs.close()
     try:
         while True:
+            while not ours.poll(PATIENCE):
+                tick()
             kind, *rest = ours.recv()
             if kind == "returned":
                 return rest[0]
             if kind == "raised":
                 raise _rebuilt(*rest)
+            if kind == "failed":
+                raise BadInput(*rest) from ChildProcessError()
             on_message(kind, *rest)
     except EOFError:
         process.join()
-        raise _died(process.exitcode) from None
+        raise _died(process.exitcode) from ChildProcessError(process.exitcode)
     finally:
-        if process.is_alive():
-            process.terminate()
+        process.kill()  # no more is wanted of it; what it keeps on the disk is whole at any time
         process.join()
         ours.close()
 
 
 def _run(connection: Connection, work: Callable, arguments: tuple) -> None:
     """In the new process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    _leave_signals_to_parent()
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     os.dup2(2, 1)  # stdout is the command's; libraries print there
     logging.disable(logging.WARNING)  # what they advise is not for our users
     try:
         answer = "returned", work(*arguments, lambda *message: connection.send(message))
     except QwqQuantError as error:
-        answer = "raised", type(error).__name__, error.what, error.why, error.next_step
+        number = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+        answer = "raised", type(error).__name__, error.what, error.why, error.next_step, number
     except MemoryError:
         what = "There is too little memory for this model."
         answer = "raised", Unavailable.__name__, what, "", ""
     except Exception as error:
         why = f"{type(error).__name__}: {printable(error)}"
-        answer = "raised", BadInput.__name__, "It failed in a way that nobody foresaw.", why, ""
+        answer = "failed", "It failed in a way that nobody foresaw.", why
     with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
         connection.send(answer)
+
+
+def _leave_signals_to_parent() -> None:
+    """They come to all of a terminal's or a service's processes; the parent says when we end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    own = os.getpid()
+
+    def hold_out(number, frame):
+        if os.getpid() != own:  # a process that a library made of us, and wants to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, hold_out)
 
 
 def _end_with_parent(connection: Connection) -> None:
@@ -78,8 +102,14 @@ def _end_with_parent(connection: Connection) -> None:
     os._exit(1)
 
 
-def _rebuilt(kind: str, what: str, why: str, next_step: str) -> QwqQuantError:
-    return getattr(errors, kind)(what, why, next_step)
+def _rebuilt(
+    kind: str, what: str, why: str, next_step: str, number: int | None = None
+) -> QwqQuantError:
+    """number: the system's, of the failure behind it."""
+    error = getattr(errors, kind)(what, why, next_step)
+    if number is not None:
+        error.__cause__ = OSError(number, os.strerror(number))
+    return error
 
 
 def _died(exit_code: int) -> BadInput:

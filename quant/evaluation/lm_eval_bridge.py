@@ -9,14 +9,17 @@ refused unless they are allowed: that is code which nobody has read.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from hashlib import sha256
 
 import numpy as np
 
 from quant.display import printable
 from quant.errors import BadInput, Unavailable
+from quant.evaluation.answer_file import AnswerFile
 from quant.evaluation.divergence import log_softmax
+from quant.evaluation.isolation import Say
 from quant.evaluation.runners import Runner
 from quant.evaluation.sampler import GREEDY, Sampler
 
@@ -53,24 +56,54 @@ def _lm_eval():
     return lm_eval
 
 
+class Requests:
+    """What lm-eval wants to know of a model, each asked once: what an earlier run, or an earlier
+    task, was answered is in the file.
+    """
+
+    def __init__(self, file: AnswerFile | None = None, say: Say = lambda *message: None):
+        self._file, self._say = file, say
+        self._known = {entry["request"]: entry["answer"] for entry in file.answers} if file else {}
+
+    def answers(
+        self, kind: str, asked: Sequence[tuple], answer: Callable[..., object], what: str
+    ) -> list:
+        """answer(*each) of all that is asked, as JSON gives it back. what: for the progress bar."""
+        digests = [sha256(repr((kind, each)).encode()).hexdigest()[:24] for each in asked]
+        self._say("begin", what, len(set(digests) - self._known.keys()))
+        for digest, each in zip(digests, asked, strict=True):
+            if digest not in self._known:
+                self._known[digest] = answer(*each)
+                if self._file is not None:
+                    self._file.append({"request": digest, "answer": self._known[digest]})
+                self._say("advance", 1)
+        return [self._known[digest] for digest in digests]
+
+
 def run_tasks(
-    runner: Runner, tasks: Sequence[str | dict], limit: int | None, run_code: bool = False
+    runner: Runner,
+    tasks: Sequence[str | dict],
+    limit: int | None,
+    run_code: bool = False,
+    requests: Requests | None = None,
 ) -> dict[str, dict[str, dict]]:
     """Task -> figure -> {"value", "error", "n"}. tasks: lm-eval's names, or its configurations.
 
     limit: questions of each. run_code: programs that the model writes may run, unconfined.
-    Raises Unavailable without lm-eval or its data, BadInput for an unknown task, or for one that
-    runs programs where they may not.
+    requests: what was answered before. Raises Unavailable without lm-eval or its data, BadInput for
+    an unknown task, or for one that runs programs where they may not.
     """
     lm_eval = _lm_eval()
     from quant.evaluation.lm_eval_model import RunnerModel
 
+    # A folder computes otherwise once it has begun to answer: figures must not hang on the order.
+    runner.begin(np.array(runner.eos[:1] or [0], np.int32), 1)
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric itself asks for
     try:
         found = lm_eval.simple_evaluate(
-            RunnerModel(runner), tasks=list(tasks), limit=limit, bootstrap_iters=0,
-            log_samples=False, confirm_run_unsafe_code=run_code,
+            RunnerModel(runner, requests or Requests()), tasks=list(tasks), limit=limit,
+            bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code,
         )  # fmt: skip
     except (OSError, ConnectionError) as error:
         raise Unavailable(

@@ -3,16 +3,21 @@
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from quant.evaluation.lm_eval_bridge import ROLLING, answer_until, likelihood
+from quant.display import printable
+from quant.evaluation.lm_eval_bridge import ROLLING, Requests, answer_until, likelihood
 from quant.evaluation.runners import Runner
 
 
 class RunnerModel(TemplateLM):
     """lm-eval's model interface over a Runner."""
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: Runner, requests: Requests):
         super().__init__()
-        self._runner = runner
+        self._runner, self._requests = runner, requests
+
+    def _ask(self, kind: str, asked: list[tuple], answer) -> list:
+        what = f"{printable(self._runner.name)} does tasks"
+        return self._requests.answers(kind, asked, answer, what)
 
     @property
     def eot_token_id(self) -> int:
@@ -30,10 +35,12 @@ class RunnerModel(TemplateLM):
         return [bos, *ids] if wants_bos else ids
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        return [likelihood(self._runner, context, answer) for _, context, answer in requests]
+        asked = [(context, answer) for _, context, answer in requests]
+        found = self._ask("likelihood", asked, lambda *each: likelihood(self._runner, *each))
+        return [(log_p, is_greedy) for log_p, is_greedy in found]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        return [self._whole(request.args[0]) for request in requests]
+        return self._ask("whole", [request.args[:1] for request in requests], self._whole)
 
     def _whole(self, text: str) -> float:
         """ln p of a document, in windows, each with one token before it."""
@@ -47,10 +54,9 @@ class RunnerModel(TemplateLM):
         return sum(likelihood(self._runner, context, answer)[0] for context, answer in pairs)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        answers = []
-        for request in requests:
-            prompt, settings = request.args
-            stops = settings.get("until") or []
-            stops = [stops] if isinstance(stops, str) else stops
-            answers.append(answer_until(self._runner, self.tok_encode(prompt), stops, settings))
-        return answers
+        return self._ask("until", [request.args for request in requests], self._answer)
+
+    def _answer(self, prompt: str, settings: dict) -> str:
+        stops = settings.get("until") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        return answer_until(self._runner, self.tok_encode(prompt), stops, settings)

@@ -2,9 +2,11 @@
 
 A reference's scores are its rows of the base file, kept on the disk for all candidates, and its
 exact nll, which the base file's 16 bits would cut off (see base_file). A candidate's are
-PositionScores. Both are written window by window, and a run that was interrupted goes on.
+PositionScores. Both are written window by window, answers one by one, and an interrupted run goes
+on: each is on the disk before `say("advance", 1)` tells of it.
 """
 
+import errno
 import hashlib
 import json
 import shutil
@@ -17,7 +19,7 @@ import numpy as np
 
 from quant import __version__
 from quant.display import human_bytes, printable
-from quant.durable import write_whole
+from quant.durable import locked_folder, write_whole
 from quant.errors import BadInput, OutputFailed
 from quant.evaluation.answer_file import AnswerFile
 from quant.evaluation.base_file import (
@@ -116,8 +118,8 @@ def fingerprint(path: Path) -> tuple:
     return str(path.resolve()), tuple((name, s.st_size, s.st_mtime_ns) for name, s in status)
 
 
-def _identity(path: Path, wishes: Wishes) -> tuple:
-    """What a model's figures hang on, besides what it is asked."""
+def identity(path: Path, wishes: Wishes) -> tuple:
+    """What a model's figures hang on, besides what it is asked. Raises BadInput or InputMissing."""
     return fingerprint(path), wishes.device if path.is_dir() else ""
 
 
@@ -131,11 +133,11 @@ def measure_reference(
 
     Raises BadInput, Unavailable, OutputFailed if the disk has too little room.
     """
-    with open_runner(path, wishes.device) as runner:
+    with locked_folder(folder), open_runner(path, wishes.device) as runner:
         chunks = cut_chunks(runner, wishes.texts, wishes.n_ctx, wishes.n_tokens)
         _warn_of_long_windows(runner, wishes.n_ctx, say)
-        _try_template(runner, wishes)
-        key = key_of(_identity(path, wishes), hashlib.sha256(chunks.inputs.tobytes()).hexdigest())
+        _try_answering(runner, wishes)
+        key = key_of(identity(path, wishes), hashlib.sha256(chunks.inputs.tobytes()).hexdigest())
         reference = Reference(
             folder / f"{key}.kld", folder / f"{key}.nll", chunks.categories, _n_weights(path)
         )
@@ -190,7 +192,7 @@ def _announce(base: Path, nbytes: int, say: Say) -> None:
             f"{human_bytes(free)} free.",
             "They are two bytes for each token of the vocabulary at every scored position.",
             "Measure on less text with --tokens, or choose another folder with -o.",
-        )
+        ) from OSError(errno.ENOSPC, "")
 
 
 def _rest(
@@ -218,15 +220,15 @@ def measure_candidate(
     """
     base = BaseFile.open(reference.base)
     n_scored = base.chunks(None).n_scored
-    key = key_of(_identity(path, wishes), _reference_identity(reference))
+    key = key_of(identity(path, wishes), _reference_identity(reference))
     scores = folder / f"{key}.scores"
     answers = _answers_path(path, wishes, folder)
     n_bytes = SCORES.itemsize * n_scored * len(base.tokens)
     if scores.exists() and scores.stat().st_size == n_bytes and answers.exists():
         return scores, _read_answers(answers)
-    with open_runner(path, wishes.device) as runner:
+    with locked_folder(folder), open_runner(path, wishes.device) as runner:
         _check_vocabulary(runner, base, reference, wishes)
-        _try_template(runner, wishes)
+        _try_answering(runner, wishes)
         chunks = base.chunks(runner.bos)
         with WindowFile(scores, b"", SCORES.itemsize * n_scored) as done:
             first = done.n_records
@@ -291,11 +293,15 @@ def read_scores(path: Path, n_scored: int) -> list[PositionScores]:
 
 def _answers_path(path: Path, wishes: Wishes, folder: Path) -> Path:
     asked = wishes.loops, wishes.questions, wishes.tasks, wishes.task_limit
-    return folder / f"{key_of(_identity(path, wishes), asked)}.answers.json"
+    return folder / f"{key_of(identity(path, wishes), asked)}.answers.json"
 
 
-def _try_template(runner: Runner, wishes: Wishes) -> None:
-    """Raise BadInput for a chat template that fails, before hours of reading."""
+def _try_answering(runner: Runner, wishes: Wishes) -> None:
+    """Before hours of reading: raise BadInput for a chat template that fails, Unavailable for a
+    model that cannot answer.
+    """
+    if not runner.can_answer and (wishes.loops or wishes.questions or wishes.tasks):
+        runner.begin(np.zeros(1, np.int32), 1)
     prompts = wishes.loops.prompts if wishes.loops else ()
     asked = [*(p.text for p in prompts), *(q.question for q in wishes.questions)]
     runner.prompts(asked)
@@ -312,13 +318,13 @@ def _answers(runner: Runner, path: Path, wishes: Wishes, folder: Path, say: Say)
         what: str, n: int, about: tuple, draw: Callable[[int], Iterator[Answer]]
     ) -> list[Answer]:
         """All n answers; those of a run before are on the disk, draw(first) draws the others."""
-        key = key_of(_identity(path, wishes), about)
+        key = key_of(identity(path, wishes), about)
         with AnswerFile(folder / f"{key}.answers.jsonl") as file:
             say("begin", f"{printable(runner.name)} {what}", n - len(file.answers))
             for answer in draw(len(file.answers)):
-                file.append(answer)
+                file.append(asdict(answer))
                 say("advance", 1)
-        return file.answers
+        return [Answer(**answer) for answer in file.answers]
 
     if loops := wishes.loops:
         for name, settings in loops.profiles.items():
@@ -334,10 +340,15 @@ def _answers(runner: Runner, path: Path, wishes: Wishes, folder: Path, say: Say)
             **asdict(report), "exact_match": {"value": match.value, "error": match.error}
         }  # fmt: skip
     if wishes.tasks:
-        from quant.evaluation.lm_eval_bridge import run_tasks
+        from quant.evaluation.lm_eval_bridge import Requests, run_tasks
 
         say("note", f"{printable(runner.name)} does {', '.join(wishes.tasks)} in lm-eval.")
-        answers.tasks = run_tasks(runner, wishes.tasks, wishes.task_limit, wishes.run_code)
+        key = key_of(identity(path, wishes), "tasks")
+        with AnswerFile(folder / f"{key}.answers.jsonl") as file:
+            requests = Requests(file, say)
+            answers.tasks = run_tasks(
+                runner, wishes.tasks, wishes.task_limit, wishes.run_code, requests
+            )
     write_whole(kept, json.dumps(asdict(answers)).encode())
     return _read_answers(kept)  # as a run that goes on has them: JSON's keys are text
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from quant.display import human_bytes
 from quant.durable import write_whole
 from quant.evaluation.divergence import Estimate, Statistics
-from quant.evaluation.evaluate import DP_EDGES, Evaluation, Measured
+from quant.evaluation.evaluate import DP_EDGES, PAGE, Evaluation, Measured
 from quant.evaluation.figures import (
     SizePoint,
     category_figure,
@@ -28,7 +28,7 @@ from quant.report.drawing import Drawing, csv_text
 from quant.report.files import write_files
 from quant.report.page import Number, Section, facts, figure, page, prose, table, tiles
 
-PAGE, JSON, CSV = "report.html", "results.json", "results.csv"
+JSON, CSV = "results.json", "results.csv"
 FIGURES = ("kld-size", "kld-category", "dp")
 
 
@@ -166,7 +166,7 @@ def _overview(evaluation: Evaluation, drawings: dict[str, Drawing]) -> Section:
             f"perplexity {_plus_minus(reference.ppl, '.3f')}",
         ),
         (
-            decimals(nearest.statistics.kld.value, 5),
+            divergence(nearest.statistics.kld).partition(" ±")[0],
             f"nats, the least divergence: {nearest.name}",
             size_text(nearest.nbytes, nearest.bits_per_weight),
         ),

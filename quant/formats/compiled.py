@@ -4,22 +4,12 @@ numba's cache looks at one source file: edit a helper that a kernel imports, and
 machine code is loaded again, wrong bytes and all. Here the whole folder's sources are the key.
 """
 
-import hashlib
 from contextlib import suppress
-from functools import lru_cache
-from pathlib import Path
 
 from numba import njit
 from numba.core.caching import FunctionCache
 
-
-@lru_cache(maxsize=1)
-def sources_digest() -> str:
-    """A hash over every Python file of this folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+from quant.formats.sources import sources_digest
 
 
 class _FolderCache(FunctionCache):

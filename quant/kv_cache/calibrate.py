@@ -57,11 +57,6 @@ def measure_kv_scales(
     return scales
 
 
-def saved_nbytes(hidden: int) -> int:
-    """Of the states that are kept for another run; hidden: bytes between two layers."""
-    return 2 * hidden
-
-
 @contextmanager
 def recorded(layer: StreamedLayer, cache: RecordingCache) -> Iterator[None]:
     """While it is open, the layer is called with `cache` as its past_key_values."""

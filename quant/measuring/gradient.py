@@ -71,11 +71,6 @@ def measure_gradient(
     return {group: 0.5 * total / tokens.size for group, total in sums.items()}
 
 
-def saved_nbytes(hidden: int, n_layers: int) -> int:
-    """Of the states that are kept for another run; hidden: bytes between two layers."""
-    return (1 + n_layers + 2) * hidden
-
-
 def _forwards(
     model: StreamedModel,
     tokens: np.ndarray,

@@ -34,10 +34,10 @@ REFERENCE = "reference"
 def n_sweeps(model: StreamedModel, groups: list[Group], tokens: np.ndarray) -> int:
     """How often the whole model is run."""
     hidden = tokens.size * model.hidden_size * model.dtype.itemsize
-    return -(-len(groups) // _n_together(hidden))
+    return -(-len(groups) // n_together(hidden))
 
 
-def _n_together(hidden: int) -> int:
+def n_together(hidden: int) -> int:
     """Groups in a sweep, at most, whose states have so many bytes each."""
     return max(1, min(MAX_STATES_NBYTES, _room()) // hidden - 1)  # 1: the reference
 
@@ -100,8 +100,3 @@ def _sweep(
     means = (max(0.0, float(s.kld.mean())) for s in scores)  # rounding may leave -1e-9
     walk.done({}, facts=dict(zip(states, means, strict=True)))
     return walk.facts[-1]
-
-
-def saved_nbytes(hidden: int, n_groups: int) -> int:
-    """At most, of the states that are kept for another run; hidden: bytes between two layers."""
-    return 2 * (1 + min(n_groups, _n_together(hidden))) * hidden

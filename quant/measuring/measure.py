@@ -16,7 +16,6 @@ from quant.errors import BadInput
 from quant.formats.nf4 import Bnb4bit
 from quant.groups import Group, find_groups
 from quant.manifest import library_versions
-from quant.measuring import gradient, kld
 from quant.measuring.gradient import SEED, measure_gradient
 from quant.measuring.kld import measure_kld, n_sweeps
 from quant.measuring.local_errors import LocalErrors, Ratio, Rounding, measure_local_errors
@@ -45,17 +44,6 @@ def n_units(model: StreamedModel, tokens: Tokens | None, metrics: frozenset[str]
     if "kld" in metrics:
         n_more += 1 + n_sweeps(model, find_groups(model.checkpoint.tensors.values()), tokens.ids)
     return n_steps(model, tokens, metrics) + n_more
-
-
-def saved_nbytes(checkpoint: Checkpoint, hidden: int, metrics: frozenset[str]) -> int:
-    """At most, of the states that are kept for another run; hidden: bytes between two layers."""
-    groups = find_groups(checkpoint.tensors.values())
-    of_passes = [2 * hidden * bool(metrics - {"weight"})]  # local errors
-    if "gradient" in metrics:
-        of_passes.append(gradient.saved_nbytes(hidden, 1 + max(group.layer for group in groups)))
-    if "kld" in metrics:
-        of_passes.append(kld.saved_nbytes(hidden, len(groups)))
-    return max(of_passes)  # each is removed before the next
 
 
 def measure(

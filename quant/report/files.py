@@ -7,8 +7,18 @@ from quant.display import printable
 from quant.durable import translated_errors, write_whole
 from quant.errors import CannotCreate
 from quant.output_file import check_output_file
+from quant.preflight import Needs, measure_needs
 
 _KINDS = {".html": "page", ".png": "picture", ".svg": "picture", ".csv": "table of this report"}
+
+
+REPORT_NBYTES, DRAWING_NBYTES = 4 << 20, 320 << 20
+"""A page and its figures, at most; Python, numpy and matplotlib."""
+
+
+def report_needs(folder: Path) -> Needs:
+    """What a report in `folder` takes. Raises CannotCreate if it cannot be made there."""
+    return measure_needs(folder, disk=REPORT_NBYTES, memory=DRAWING_NBYTES, in_place=True)
 
 
 def write_files(

@@ -87,7 +87,8 @@ def _draw(sensitivity: Sensitivity, choice: Choice | None, metric: str) -> dict[
             _threshold(choice, metric),
         ),
     ]
-    if curve := choice.curve if choice else _curve(sensitivity, metric):
+    curve = choice.curve if choice else _curve(sensitivity, metric)
+    if len(curve) > 1:
         drawings.append(
             damage_curve(
                 f"Predicted damage against size, {model}",
@@ -211,7 +212,7 @@ def _lead(sensitivity: Sensitivity, choice: Choice | None) -> str:
     )
 
 
-def _chosen(sensitivity: Sensitivity, choice: Choice, damage: Drawing) -> Section:
+def _chosen(sensitivity: Sensitivity, choice: Choice, damage: Drawing | None) -> Section:
     base = _base_name(sensitivity)
     base_nbytes, base_damage = choice.curve[0]
     nbytes, chosen_damage = choice.chosen
@@ -236,7 +237,9 @@ def _chosen(sensitivity: Sensitivity, choice: Choice, damage: Drawing) -> Sectio
     blocks = [tiles(numbers)]
     if choice.results:
         blocks.append(_results(sensitivity, choice.results))
-    return Section("What was chosen", [*blocks, figure(damage)])
+    if damage:
+        blocks.append(figure(damage))
+    return Section("What was chosen", blocks)
 
 
 def _buyable(sensitivity: Sensitivity, metric: str, damage: Drawing) -> Section:

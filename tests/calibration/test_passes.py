@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from quant import check_weights
-from quant.calibration import feedback
 from quant.calibration import passes as passes_module
 from quant.calibration.feedback import quantize_streamed
-from quant.calibration.hidden_states import hidden_nbytes
+from quant.calibration.needs import FEEDBACK, GRADIENT, of_check
 from quant.calibration.passes import UNKEPT, Passes
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens
@@ -21,7 +20,6 @@ from quant.calibration.weights import ChangedWeights, CheckpointWeights
 from quant.checkpoint import Checkpoint
 from quant.groups import find_groups
 from quant.journal import Journal, Resume, Stopped
-from quant.measuring import gradient
 from quant.measuring.gradient import measure_gradient
 
 IDS = np.random.default_rng(0).integers(0, 4090, (2, 12))
@@ -227,11 +225,11 @@ def test_what_is_kept_is_known_beforehand(checkpoint, always_saving, tmp_path, m
 
     monkeypatch.setattr(Passes, "note", noting)
     run(tmp_path / "out", checkpoint)
-    hidden = hidden_nbytes(checkpoint.config, IDS.size, "cpu")
+    hidden = 4 * IDS.size * checkpoint.config["hidden_size"]
     assert seen == {
-        "quantize": feedback.saved_nbytes(hidden),
-        "check": hidden + check_weights.saved_nbytes(hidden, 1),
-        "gradient": hidden + gradient.saved_nbytes(hidden, 3),
+        "quantize": FEEDBACK.saved * hidden,
+        "check": (1 + of_check(2, IDS.size).saved) * hidden,
+        "gradient": (1 + GRADIENT.saved + checkpoint.config["num_hidden_layers"] + 1) * hidden,
     }
 
 

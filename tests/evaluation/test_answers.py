@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from quant.evaluation.evaluate import WORK
 from quant.evaluation.loops import Answer
 
 
-def an_answer(seed: int) -> Answer:
-    return Answer("sum", seed, 3, False, None, 0.25, 2, "1 + 1 = 2\n\u2028<|im_end|>\x0b é")
+def an_answer(seed: int) -> dict:
+    text = "1 + 1 = 2\n\u2028<|im_end|>\x0b é"
+    return asdict(Answer("sum", seed, 3, False, None, 0.25, 2, text))
 
 
 def test_answers_come_back_and_a_torn_one_is_dropped(tmp_path):

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -24,13 +25,14 @@ from quant.evaluation import evaluate as evaluation_room
 from quant.evaluation import measuring
 from quant.evaluation.base_file import encode_header, encode_rows
 from quant.evaluation.chunks import cut_chunks
-from quant.evaluation.evaluate import WORK, Model, evaluate
+from quant.evaluation.evaluate import PAGE, WORK, Model, evaluate
 from quant.evaluation.isolation import run_isolated
 from quant.evaluation.measuring import Wishes
 from quant.evaluation.questions import Question
 from quant.evaluation.runners import open_runner
 from quant.evaluation.window_file import WindowFile
 from quant.gguf_file import open_gguf
+from quant.journal import Journal, Resume
 from quant.texts import held_out_texts
 
 CATEGORIES = ("code", "english", "reasoning", "language")
@@ -186,6 +188,16 @@ def test_missing_candidates_are_told_first(models, tmp_path):
     assert json.loads((tmp_path / "r" / "results.json").read_text())["settings"]["device"] == "cpu"
 
 
+def test_places_that_cannot_be_written_are_refused_before_any_work(models, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CannotCreate, match="not a folder"):
+        run_command(models["F32"], models["Q8_0"], "-o", tmp_path / "file")
+    with pytest.raises(CannotCreate, match="no folder"):
+        run_command(models["F32"], models["Q8_0"], "-o", tmp_path / "r", "--base-file",
+                    tmp_path / "none" / "b.kld")  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_text_shorter_than_a_window(models, tmp_path, wishes):
     (tmp_path / "t.txt").write_text("a few words")
     from quant.texts import read_texts
@@ -241,13 +253,11 @@ def test_an_interrupted_run_goes_on(models, wishes, tmp_path):
 
 
 def test_two_runs_on_one_folder(models, wishes, tmp_path):
-    with evaluation_room._work_folder(_made(tmp_path / "r")), pytest.raises(CannotCreate):
+    (tmp_path / "r").mkdir()
+    asked = evaluation_room._fingerprint(Model("F32", models["F32"]), wishes)
+    other = Journal(tmp_path / "r" / PAGE, asked, Resume(), "windows", None)
+    with other, pytest.raises(CannotCreate, match="Another run"):
         measure(models, ["Q8_0"], wishes, tmp_path / "r")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def test_too_little_disk_is_said_before_any_work(models, wishes, tmp_path, monkeypatch):
@@ -439,6 +449,21 @@ def test_a_report_that_exists_is_not_replaced(report, models, tiny_qwq):
     assert (report / "report.html").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "other"),
+    [
+        (("--sampling", "unsloth"), "--sampling", "--loops"),
+        (("--prompts", "short"), "--prompts", "--loops"),
+        (("--seeds", 3), "--seeds", "--loops"),
+        (("--loops", "--run-code"), "--run-code", "--tasks"),
+    ],
+)
+def test_options_that_would_be_of_no_use_are_refused(words, option, other, models, tmp_path):
+    with pytest.raises(click.UsageError, match=f"{option} is of no use without {other}"):
+        run_command(models["F32"], models["F32"], "-o", tmp_path / "r", *words)
+    assert not (tmp_path / "r").exists()
+
+
 def test_something_else_of_that_name_is_never_replaced(models, tiny_qwq, tmp_path):
     (tmp_path / "report.html").write_text("my diary")
     with pytest.raises(CannotCreate):
@@ -457,8 +482,8 @@ def test_candidates_of_the_same_name_are_told_apart(models, tmp_path):
     (tmp_path / "a").mkdir()
     shutil.copy(models["Q8_0"], tmp_path / "a" / "F32.gguf")
     done = run_command(
-        models["F32"], models["F32"], tmp_path / "a" / "F32.gguf", models["F32"], "-o",
-        tmp_path / "r",
+        models["F32"], models["F32"], tmp_path / "a" / "F32.gguf", models["F32"],
+        f"{tmp_path}/a/../a/./F32.gguf", "-o", tmp_path / "r",
         "--tokens", 300, "--context", 64, "--format", "json",
     )  # fmt: skip
     names = [c["name"] for c in json.loads(done.stdout)["candidates"]]
@@ -468,22 +493,31 @@ def test_candidates_of_the_same_name_are_told_apart(models, tmp_path):
 # --- in a browser -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1200, 500])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_the_window(report, tmp_path, width):
+    """In a frame: a window of its own is never narrower than 500."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("no chromium here: Debian's package of that name shows the page for real")
     page = (report / "report.html").read_text()
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     script = (
-        "<script>addEventListener('load',()=>{document.title="
-        "document.documentElement.scrollWidth<=innerWidth&&"
-        "document.querySelectorAll('svg').length})</script>"
+        "<script>addEventListener('load',()=>parent.postMessage("
+        "[innerWidth,document.documentElement.scrollWidth<=innerWidth,"
+        "...Array.from(document.querySelectorAll('svg'),e=>e.getBoundingClientRect().width>300)],"
+        "'*'))</script>"
     )
     (tmp_path / "p.html").write_text(page.replace("</body>", script + "</body>"))
+    (tmp_path / "frame.html").write_text(
+        "<script>onmessage=e=>{document.title=e.data}</script>"
+        f'<iframe src="p.html" style="border:0" width="{width}" height="900"></iframe>'
+    )
     done = subprocess.run(
-        [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/u",
-         f"--window-size={width},900", "--dump-dom", f"file://{tmp_path}/p.html"],
+        [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path}/u",
+         "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/frame.html"],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert re.search(r"<title>(.*?)</title>", done.stdout).group(1) == "3"
+    title = re.search(r"<title>(.*?)</title>", done.stdout).group(1)
+    assert title == f"{width},true,true,true,true"

@@ -8,7 +8,14 @@ import pytest
 from evaluation_helpers import to_gguf
 
 from quant.errors import BadInput, Unavailable
-from quant.evaluation.lm_eval_bridge import answer_until, check_tasks, likelihood, run_tasks
+from quant.evaluation.answer_file import AnswerFile
+from quant.evaluation.lm_eval_bridge import (
+    Requests,
+    answer_until,
+    check_tasks,
+    likelihood,
+    run_tasks,
+)
 from quant.evaluation.runners import open_runner
 
 PROMPT = "<|im_start|>user\nWhat is 33 + 89?<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -100,6 +107,24 @@ def test_tasks_agree_with_lm_evals_own_model(runner, tasks, tiny_qwq):
 
 def test_the_limit(runner, tasks):
     assert run_tasks(runner, tasks[:1], 2)["choice"]["acc"]["n"] == 2
+
+
+def test_what_was_answered_before_is_not_asked_again(runner, tasks, tmp_path):
+    """A run that was killed after five requests; then one that has all of them."""
+    path, whole, n_asked = tmp_path / "answers.jsonl", run_tasks(runner, tasks, None), []
+    for keep in (0, 5, None):
+        if path.exists():
+            path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:keep]))
+        said = []
+        with AnswerFile(path) as file:
+            requests = Requests(file, lambda *message, said=said: said.append(message))
+            assert run_tasks(runner, tasks, None, requests=requests) == whole
+        n_asked.append(said.count(("advance", 1)))
+        assert (
+            sum(total for kind, *rest in said if kind == "begin" for total in rest[1:])
+            == (n_asked[-1])
+        )
+    assert n_asked == [16, 11, 0]  # 4 of 2 choices each, 4 answers, 4 documents
 
 
 def test_an_unknown_task(runner, tasks):

@@ -11,8 +11,10 @@ import transformers
 from evaluation_helpers import to_gguf
 
 from quant.errors import BadInput, InputMissing, QwqQuantError, Unavailable
+from quant.evaluation import measuring
 from quant.evaluation.chunks import Chunks, cut_chunks
 from quant.evaluation.comparison import compare
+from quant.evaluation.measuring import Wishes
 from quant.evaluation.runners import folder as folder_room
 from quant.evaluation.runners import open_runner
 from quant.evaluation.runners.stored import count_weights, find_weights
@@ -167,8 +169,10 @@ def test_layer_by_layer(tiny_qwq, f32, texts, monkeypatch):
         assert isinstance(runner, streamed.StreamedRunner)
         chunks = cut_chunks(runner, read_texts(texts / "heldout.jsonl"), 256, n_tokens=1200)
         assert compare(runner, gguf, chunks).kld.value < 1e-6 and len(chunks) == 5
-        with pytest.raises(Unavailable, match="layer by layer"):
-            runner.begin(chunks.tokens[0], 300)
+        asks = Wishes(read_texts(texts / "heldout.jsonl"), tasks=("gsm8k",))
+        with pytest.raises(Unavailable, match="layer by layer"):  # before it reads anything
+            measuring._try_answering(runner, asks)
+        measuring._try_answering(gguf, asks)
 
 
 # --- what does not load -----------------------------------------------------------------------

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from qwq_kernels.decode_attention import CASES, TOLERANCE, decode_attention, reference
 from qwq_kernels.kv_int8 import ChannelScales, QuantizedKV, allocate, append, reference_dequantize
 
+# NumPy, interpreting: the lowest float32 of a mask, in binary orders, is -infinity, as it should be
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
+
 
 def make(batch, heads, group, n_queries, length, size, dtype=torch.float32, bits=8, ranged=False):
     """Queries and a cache whose buffers are longer than what is stored."""
@@ -98,6 +101,59 @@ def test_kernel_agrees_with_reference(
     assert out.transpose(1, 2).is_contiguous()
     expected = reference(a.double(), kv, mask, 0.1, torch.float64)
     assert (out.double() - expected).abs().max() < TOLERANCE[dtype] * largest
+
+
+SIZES = [  # head size, bits of V, batch, heads, group, n_queries, mask, channel scales, splits
+    (16, 8, 2, 1, 8, 1, "padding", True, 2),
+    (32, 8, 2, 1, 3, 3, "booleans", False, 1),
+    (48, 8, 3, 2, 3, 1, "padding", True, 2),
+    (80, 8, 2, 1, 3, 4, "none", True, 2),  # 12 rows: 16 at once; 64 + 32 channels
+    (80, 8, 1, 1, 2, 16, "numbers", False, 1),
+    (96, 4, 2, 1, 5, 3, "padding", False, 2),  # 48 bytes of V in a tile of 64
+    (112, 8, 2, 2, 7, 1, "padding", False, 1),
+    (144, 8, 1, 1, 2, 5, "booleans", True, 2),
+    (160, 4, 2, 1, 4, 2, "padding", True, 2),  # V's 80 bytes in 64 + 32
+    (160, 8, 1, 1, 1, 16, "none", False, 1),
+    (192, 4, 1, 1, 16, 1, "numbers", False, 2),
+    (256, 8, 2, 1, 2, 7, "padding", True, 2),
+    (256, 4, 1, 1, 8, 1, "padding", True, 1),
+]
+
+
+@pytest.mark.parametrize("setting", SIZES)
+def test_any_head_size(interpreter, poisoned_memory, setting):
+    """63 tokens, tiles of 16, of which the loop without checks takes some; twice the same bits."""
+    _, kernels = interpreter
+    size, bits, batch, heads, group, n_queries, kind, ranged, n_splits = setting
+    a, kv, largest = make(batch, heads, group, n_queries, 63, size, bits=bits, ranged=ranged)
+    mask = masks(batch, heads * group, n_queries, 63)[kind]
+    config = replace(kernels.config_of(size), block_n=16)
+    outs = [
+        kernels.decode_attention(a, kv, mask, 0.1, config=config, n_splits=n_splits)
+        for _ in range(2)
+    ]
+    assert torch.equal(*outs)
+    expected = reference(a.double(), kv, mask, 0.1, torch.float64)
+    assert (outs[0].double() - expected).abs().max() < TOLERANCE[torch.float32] * largest
+
+
+def test_two_tiles_hold_every_row(interpreter):
+    _, kernels = interpreter
+    for n_bytes in range(16, 257, 16):
+        first, rest = kernels.tiles_of(n_bytes)
+        assert first >= 32 and first + rest >= n_bytes and rest < first
+        assert first == 32 or (first + rest) <= 4 / 3 * n_bytes, n_bytes  # little is empty
+    assert kernels.tiles_of(80) == (64, 32) and kernels.tiles_of(128) == (128, 0)
+
+
+def test_a_row_far_smaller_than_its_neighbours_is_right(interpreter):
+    """The rows of a program share the power of two that brings them into float16's range."""
+    _, kernels = interpreter
+    a, kv, largest = make(1, 1, 4, 1, 60, 64)
+    a = a * torch.tensor([1.0, 1e-3, 1e-6, 0.0])[None, :, None, None]
+    out = kernels.decode_attention(a, kv, None, 1.0)
+    expected = reference(a.double(), kv, None, 1.0, torch.float64)
+    assert (out - expected).abs().max() < TOLERANCE[torch.float32] * largest
 
 
 @pytest.mark.parametrize("size", [64, 80, 128])

@@ -19,6 +19,7 @@ class Runner(Protocol):
     bos: int | None  # put before every text by this model; None if it puts none
     eos: tuple[int, ...]  # tokens that end an answer; the tokenizer's own first
     n_ctx_trained: int | None  # the longest text it was made for, as its config says
+    can_answer: bool  # else `begin` raises Unavailable
 
     def tokenize(self, text: str, special: bool) -> np.ndarray:
         """Token ids, int32 (n,), the BOS not among them. special: <|im_start|> is one token."""

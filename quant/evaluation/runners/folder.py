@@ -78,6 +78,8 @@ class Talker:
 class FolderRunner(Talker):
     """A folder of safetensors in transformers."""
 
+    can_answer = True
+
     def __init__(self, folder: Path, device: str, decoded: GptqWeights | None = None):
         """decoded: weights to take instead of those that transformers would read.
 

@@ -72,6 +72,8 @@ def _log() -> _Log:
 class GgufRunner:
     """A GGUF model in llama.cpp."""
 
+    can_answer = True
+
     def __init__(self, path: Path):
         """Raises BadInput if the header is damaged or llama.cpp refuses the file, Unavailable."""
         # llama.cpp ends the whole process over some damaged headers; ours is checked.

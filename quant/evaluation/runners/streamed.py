@@ -25,6 +25,8 @@ LOGITS_NBYTES = 1 << 30
 class StreamedRunner(Talker):
     """A folder whose weights can be read, layer by layer."""
 
+    can_answer = False
+
     def __init__(self, folder: Path, weights: StoredWeights, device: str):
         """Raises BadInput for a damaged or unknown model."""
         super().__init__(folder)
