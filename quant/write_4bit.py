@@ -14,19 +14,11 @@ from quant.calibration.tokens import Tokens
 from quant.convert import worker_count
 from quant.durable import write_whole
 from quant.dynamic_4bit import Plan4bit, PlannedTensor, part_name
+from quant.folder_run import FolderRun, WrittenFolder, folder_run, ticking, write_folder
 from quant.groups import find_linears
 from quant.journal import Resume
 from quant.model_card import model_card
-from quant.model_folder import (
-    STORED,
-    FolderRun,
-    Source,
-    WrittenFolder,
-    folder_run,
-    ticking,
-    write_folder,
-    write_model_config,
-)
+from quant.model_folder import STORED, Source, write_model_config
 from quant.report.choice import Result
 from quant.report.sensitivity_report import sensitivity_report
 from quant.safetensors_file import read_header
@@ -138,7 +130,7 @@ def fill_4bit(
 
 CODE = (
     "formats", "sinks", "convert.py", "dynamic_4bit.py", "finite.py", "groups.py", "lora.py",
-    "model_folder.py", "tensors.py", "write_4bit.py",
+    "folder_run.py", "model_folder.py", "tensors.py", "write_4bit.py",
 )  # fmt: skip
 """What makes bytes of a plan."""
 

@@ -21,20 +21,14 @@ from quant.display import printable
 from quant.durable import write_whole
 from quant.dynamic_rules import check_rules, stored_bits
 from quant.errors import BadInput
+from quant.folder_run import FolderRun, WrittenFolder, folder_run, write_folder
 from quant.formats import Float16Overflow
 from quant.gptq_card import gptq_card
 from quant.gptq_model import METRIC, GptqPlan
 from quant.gptq_rounding import make_grid, plainly_rounded
 from quant.journal import Resume
 from quant.measuring.measure import calibration_facts
-from quant.model_folder import (
-    FolderRun,
-    WrittenFolder,
-    folder_run,
-    write_folder,
-    write_json,
-    write_model_config,
-)
+from quant.model_folder import write_json, write_model_config
 from quant.report.choice import Result
 from quant.sinks.safetensors import ShardedSink
 from quant.sinks.written import WrittenFile
@@ -151,7 +145,7 @@ def fill_gptq(
 
 
 CODE = ("formats", "sinks", "convert.py", "finite.py", "gptq_model.py", "groups.py", "lora.py",
-        "model_folder.py", "tensors.py")  # fmt: skip
+        "folder_run.py", "model_folder.py", "tensors.py")  # fmt: skip
 """What makes bytes of a plan, besides what runs the model."""
 
 

@@ -18,8 +18,9 @@ from quant.calibration.tokens import Tokens
 from quant.checkpoint import Checkpoint
 from quant.display import printable
 from quant.errors import BadInput
+from quant.folder_run import FolderRun, ticking
 from quant.groups import Group
-from quant.model_folder import STORED, FolderRun, Source, ticking
+from quant.model_folder import STORED, Source
 from quant.sinks.safetensors import ShardedSink
 from quant.tensors import TensorReader
 
