@@ -80,7 +80,7 @@ import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import check_kernels as check
 from qwq_kernels.decode_attention_triton import Config
-build = check._decode_build("greedy", 128, 7, config=Config(256, 1, 2, 1))
+build = check._decode_build("greedy", 128, 7, config=Config(128, 1, 2, 1))
 print(check.faults(build, check.compile_for(build, 90), 90))
 machine = check.Machine(1, 0, 0, 0, ["LDS.U8", "HMMA"] * 300, [])
 print(check.faults(build, machine, 90))
