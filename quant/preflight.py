@@ -12,7 +12,14 @@ from pathlib import Path
 import psutil
 
 from quant.display import human_bytes, printable
-from quant.durable import being_written, is_locked, locks_of, own_leftovers, translated_errors
+from quant.durable import (
+    being_written,
+    check_place,
+    is_locked,
+    locks_of,
+    own_leftovers,
+    translated_errors,
+)
 from quant.errors import CannotCreate, OutputFailed, QwqQuantError, Unavailable
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -107,8 +114,9 @@ def measure_needs(
     in_place: `output` is a folder that is filled as it stands, and made if it is not there.
     reused: bytes of an unfinished run there, which are freed or taken up, and locks: what such a
     run holds; both are known by the output's name unless they are given.
-    Raises CannotCreate if there is no such folder.
+    Raises CannotCreate if there is no such folder, or no output can lie there.
     """
+    check_place(output)
     place = Path(os.path.abspath(output))
     folder = _existing(place if in_place and place.exists() else place.parent)
     reused = own_leftovers(output) if reused is None else reused

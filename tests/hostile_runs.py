@@ -267,7 +267,6 @@ main()
 MIDWAY = {
     "to-gguf": ("quant.sinks.gguf", "GgufSink", "begin"),
     "dynamic-4bit": ("quant.sinks.safetensors", "ShardedSink", "write"),
-    "gptq": ("quant.sinks.safetensors", "ShardedSink", "write"),
 }
 """Command -> where a tensor's rows are handed over to be written."""
 
