@@ -485,8 +485,13 @@ def test_models_that_cannot_chat(copy, gguf, tmp_path):
         find_model(str(copy), {}, context=4096 * 4)
     with pytest.raises(UsageError, match="YaRN"):
         find_model(str(copy), {}, context=4096)
-    (copy / "tokenizer.json").unlink()  # of which transformers makes an empty one
+    spelled = json.loads((copy / "tokenizer.json").read_text())
+    spelled["model"] |= {"vocab": {}, "merges": []}
+    (copy / "tokenizer.json").write_text(json.dumps(spelled))
     with pytest.raises(BadInput, match="tokenizer of tiny-qwq loses"):
+        load(find_model(str(copy), {}))
+    (copy / "tokenizer.json").unlink()  # of nothing transformers makes an empty one
+    with pytest.raises(InputMissing, match="holds no tokenizer"):
         load(find_model(str(copy), {}))
     (copy / "config.json").unlink()
     with pytest.raises(InputMissing, match=r"no config\.json"):

@@ -14,6 +14,7 @@ from model_makers import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from quant import folder_run
 from quant import write_4bit as writing
 from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens, cut_tokens
@@ -248,8 +249,8 @@ def test_shards_in_and_shards_out(tiny_qwq, tmp_path, monkeypatch):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_qwq / file, source)
     assert len(list(source.glob("*.safetensors"))) > 3
-    sink = partial(writing.ShardedSink, max_shard_nbytes=2_000_000)
-    monkeypatch.setattr(writing, "ShardedSink", sink)
+    sink = partial(folder_run.ShardedSink, max_shard_nbytes=2_000_000)
+    monkeypatch.setattr(folder_run, "ShardedSink", sink)
     plan = plan_keeping(source, *KEPT)
     write_4bit(plan, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2

@@ -149,7 +149,7 @@ def load(found: Found) -> Voice:
     voice = Voice(found, open_runner(found.path))
     prompt = voice.prompt([], GREETING)
     spelled = voice.runner.text(prompt.tolist())
-    if GREETING not in spelled:  # transformers makes an empty tokenizer of missing files
+    if GREETING not in spelled:  # a tokenizer.json without its words
         raise BadInput(
             f"The tokenizer of {printable(found.name)} loses what it is given.",
             f'The prompt of "{GREETING}" comes out as {printable(repr(spelled), 80)}.',

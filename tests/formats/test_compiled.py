@@ -28,8 +28,9 @@ def run(tmp_path):
     folder = tmp_path / "room"
     folder.mkdir()
     folder.joinpath("__init__.py").touch()
-    source = Path(quant.formats.compiled.__file__).read_text()
-    folder.joinpath("compiled.py").write_text(source)
+    for name in ("compiled.py", "sources.py"):
+        source = Path(quant.formats.compiled.__file__).with_name(name).read_text()
+        folder.joinpath(name).write_text(source.replace("from quant.formats.", "from ."))
     folder.joinpath("kernels.py").write_text(KERNEL)
 
     def run(step: int, **environment: str) -> str:
