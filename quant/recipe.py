@@ -277,6 +277,15 @@ def find_profile(name_or_file: str) -> Profile:
     return _validated(Profile, text, f"sampling profile {printable(name_or_file)}")
 
 
+def read_profile(name_or_file: str) -> Metadata:
+    """The keys of a recipe's profile ("qwen-official") or of a TOML file ("./mine.toml").
+
+    Raises InputMissing for a file that is not there, BadRecipe for an unknown profile or key, a
+    value out of range, or a penalty that no sampler applies.
+    """
+    return find_profile(name_or_file).metadata()
+
+
 def is_file_name(name: str) -> bool:
     return name.endswith(".toml") or bool(set(name) & set("/\\"))
 

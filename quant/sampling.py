@@ -194,17 +194,3 @@ def check_sampling(metadata: Metadata) -> list[str]:
     if settings.get("xtc_probability", 0.0) > 0 and "xtc" not in names:
         warnings.append("xtc_probability has no effect: `xtc` is not in the sampler sequence.")
     return warnings
-
-
-# --- profiles ---------------------------------------------------------------------------------
-
-
-def read_profile(name_or_file: str) -> Metadata:
-    """The keys of a recipe's profile ("qwen-official") or of a TOML file ("./mine.toml").
-
-    Raises InputMissing for a file that is not there, BadRecipe for an unknown profile or key, a
-    value out of range, or a penalty that no sampler applies.
-    """
-    from quant.recipe import find_profile  # pydantic takes its time, and most runs need no profile
-
-    return find_profile(name_or_file).metadata()

@@ -47,7 +47,7 @@ from quant.mixtures import (
 from quant.overrides import apply_overrides, shorthand_overrides
 from quant.plan import Assignment, Plan
 from quant.rope import rope_overrides, without_scaling
-from quant.sampling import PREFIX, read_profile, sampling_from_generation_config
+from quant.sampling import PREFIX, sampling_from_generation_config
 from quant.source import Source
 from quant.target_size import Progress, Target, choose_formats
 from quant.tensors import WEIGHT_DTYPES
@@ -390,6 +390,8 @@ def _with_sampling(metadata: Metadata, wishes: Wishes) -> tuple[Metadata, list[s
         return others, []
     recipe = None if wishes.recipe is None else wishes.recipe.recipe
     if recipe is None or wishes.sampling not in (None, *recipe.profiles):
+        from quant.recipe import read_profile  # pydantic takes its time; most runs need none
+
         return others | read_profile(wishes.sampling), []
     name, profile = recipe.profile(wishes.sampling)
     settings, notes = profile.metadata(), []

@@ -32,8 +32,7 @@ from quant.lora import open_adapter
 from quant.metadata_checks import check_metadata
 from quant.metadata_keys import KEYS
 from quant.overrides import INTEGER_RANGES, apply_overrides
-from quant.recipe import read_recipe, recipe_names, recipe_text
-from quant.sampling import read_profile
+from quant.recipe import read_profile, read_recipe, recipe_names, recipe_text
 from quant.sensitivity import read_sensitivity
 from quant.source import open_source
 from quant.to_gguf import Wishes, plan_gguf

@@ -23,6 +23,7 @@ from quant.recipe import (
     choose_recipe,
     find_profile,
     json_schema,
+    read_profile,
     read_recipe,
     recipe_names,
     recipe_text,
@@ -31,7 +32,6 @@ from quant.sampling import (
     DEFAULT_SEQUENCE,
     PREFIX,
     check_sampling,
-    read_profile,
     sampling_from_generation_config,
 )
 from quant.source import open_source

@@ -4,7 +4,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from quant.display import printable
-from quant.evaluation.lm_eval_bridge import ROLLING, Requests, answer_until, likelihood
+from quant.evaluation.lm_eval_requests import ROLLING, Requests, answer_until, likelihood
 from quant.evaluation.runners import Runner
 
 

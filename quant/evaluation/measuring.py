@@ -340,7 +340,8 @@ def _answers(runner: Runner, path: Path, wishes: Wishes, folder: Path, say: Say)
             **asdict(report), "exact_match": {"value": match.value, "error": match.error}
         }  # fmt: skip
     if wishes.tasks:
-        from quant.evaluation.lm_eval_bridge import Requests, run_tasks
+        from quant.evaluation.lm_eval_bridge import run_tasks
+        from quant.evaluation.lm_eval_requests import Requests
 
         say("note", f"{printable(runner.name)} does {', '.join(wishes.tasks)} in lm-eval.")
         key = key_of(identity(path, wishes), "tasks")

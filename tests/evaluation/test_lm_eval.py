@@ -9,13 +9,8 @@ from evaluation_helpers import to_gguf
 
 from quant.errors import BadInput, Unavailable
 from quant.evaluation.answer_file import AnswerFile
-from quant.evaluation.lm_eval_bridge import (
-    Requests,
-    answer_until,
-    check_tasks,
-    likelihood,
-    run_tasks,
-)
+from quant.evaluation.lm_eval_bridge import check_tasks, run_tasks
+from quant.evaluation.lm_eval_requests import Requests, answer_until, likelihood
 from quant.evaluation.runners import open_runner
 
 PROMPT = "<|im_start|>user\nWhat is 33 + 89?<|im_end|>\n<|im_start|>assistant\n<think>\n"

@@ -21,7 +21,7 @@ from quant.evaluation import evaluate as evaluation_room
 from quant.evaluation.answer_file import AnswerFile
 from quant.evaluation.evaluate import PAGE, WORK
 from quant.evaluation.isolation import run_isolated
-from quant.evaluation.lm_eval_bridge import Requests
+from quant.evaluation.lm_eval_requests import Requests
 from quant.journal import Stopped, StopRequest
 
 ASKED = ("--context", 32, "--tokens", 2400)

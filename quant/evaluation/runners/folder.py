@@ -6,7 +6,7 @@ decoded when they are loaded, for the same reason: its kernels differ, and need 
 code from the folder, never a pickle.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,12 @@ import torch
 
 from quant.calibration.device import choose_device
 from quant.calibration.gptq_weights import GptqWeights
-from quant.calibration.tokens import read_tokenizer
 from quant.checkpoint import read_tensors
 from quant.display import printable
 from quant.errors import BadInput, QwqQuantError, Unavailable
-from quant.evaluation.prompts import render_prompts
 from quant.evaluation.runners import Runner
 from quant.evaluation.runners.stored import find_weights, loaded_nbytes
+from quant.evaluation.runners.talker import Talker
 from quant.preflight import available_memory
 
 WITH_ACTIVATIONS = 1.15
@@ -47,34 +46,6 @@ def open_folder(
 
 def _free_memory(device: str) -> int:
     return available_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0]
-
-
-class Talker:
-    """What a folder's tokenizer and chat template can do without the weights."""
-
-    def __init__(self, folder: Path):
-        self.name = folder.name
-        self._tokenizer = read_tokenizer(folder)
-        start = self._tokenizer("a").input_ids[:1]
-        self.bos = start[0] if start == [self._tokenizer.bos_token_id] else None
-
-    def tokenize(self, text: str, special: bool) -> np.ndarray:
-        # verbose: it warns of texts longer than the model's context
-        found = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
-        )
-        return np.asarray(found.input_ids, np.int32)
-
-    def prompts(self, messages: Sequence[str]) -> list[str]:
-        template = self._tokenizer.chat_template
-        if isinstance(template, dict):  # several, by name
-            template = template.get("default")
-        return render_prompts(self.name, template, self._tokenizer.special_tokens_map, messages)
-
-    def text(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
 
 
 class FolderRunner(Talker):

@@ -21,8 +21,8 @@ from quant.calibration.streamed_model import StreamedModel
 from quant.checkpoint import CONFIG, Checkpoint, read_tensors
 from quant.display import printable
 from quant.errors import Unavailable
-from quant.evaluation.runners.folder import Talker
 from quant.evaluation.runners.stored import StoredWeights
+from quant.evaluation.runners.talker import Talker
 from quant.evaluation.streamed import final_states
 from quant.fingerprint import fingerprint
 from quant.journal import Journal, Resume
