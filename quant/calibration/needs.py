@@ -46,6 +46,9 @@ CHARACTERS_A_TOKEN = 2.5
 TRIED, TRIED_ON_GPU = 1 << 26, 1 << 32
 """Multiply-adds of a product that is timed: a millisecond, which is seldom interrupted."""
 
+OF_MORE_THREADS = 0.8
+"""So much of a thread's speed does each of several bring, as a power: they share the memory."""
+
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -331,7 +334,11 @@ def _feedback_products(checkpoint: Checkpoint, n_tokens: int) -> float:
 
 
 def products_a_second(hidden: int, intermediate: int, seq_len: int, device: str) -> float:
-    """Multiply-adds a second in a product of a layer's shape, but of TRIED's size."""
+    """Multiply-adds a second in a product of a layer's shape, but of TRIED's size.
+
+    On a CPU one thread is tried: several wait for each other, and where other programs want the
+    cores, too, a trial of two was seen at anything between 1/400 of their speed and all of it.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -346,4 +353,11 @@ def products_a_second(hidden: int, intermediate: int, seq_len: int, device: str)
         if y.is_cuda:
             torch.cuda.synchronize()
 
-    return prod((rows, columns, hidden)) / seconds_of(product, 0.2)
+    n_products, n_threads = prod((rows, columns, hidden)), torch.get_num_threads()
+    if device != "cpu":
+        return n_products / seconds_of(product, 0.2)
+    torch.set_num_threads(1)
+    try:
+        return n_products / seconds_of(product, 0.2) * n_threads**OF_MORE_THREADS
+    finally:
+        torch.set_num_threads(n_threads)
