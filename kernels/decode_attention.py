@@ -27,9 +27,9 @@ from qwq_kernels.kv_int8 import DTYPES, QuantizedKV, reference_dequantize
 MAX_QUERIES = 16
 
 MAX_HEAD_SIZE = 256
-MIN_HEAD_SIZE = {8: 16, 4: 80}
-"""By the bits of values. Four bits are unpacked into quarters of a row, and a quarter of 64
-channels is too narrow for tensor cores."""
+MIN_HEAD_SIZE = {8: 16, 4: 64}
+"""By the bits of values. Four bits are unpacked into quarters of a row, and a quarter of less than
+64 channels is too narrow for tensor cores."""
 
 HIDES = -65504.0
 """float16's lowest number; masks hold that of their own type, or -infinity."""

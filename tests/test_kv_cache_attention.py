@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from kv_cache_helpers import divergence, read_text, step_by_step
+from qwq_kernels import decode_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -183,8 +184,8 @@ def test_flash_attention_serves_the_prompt(model, tokens, calls):
     assert names == ["stand_in_flash"] * 6 and calls == [1] * 6 + [4] * 6 + [1] * 6
 
 
-def test_what_it_cannot_goes_to_the_models_own(model, tokens, calls):
-    """A window on a full layer, 4-bit values of 64 channels, gradients: one warning each."""
+def test_what_it_cannot_goes_to_the_models_own(model, tokens, calls, monkeypatch):
+    """A window on a full layer, 4-bit values of few channels, gradients: one warning each."""
     attention._warned.clear()
     enable_int8_attention(model)
     module = model.model.layers[0].self_attn
@@ -200,6 +201,7 @@ def test_what_it_cannot_goes_to_the_models_own(model, tokens, calls):
     finally:
         module.sliding_window = None
     assert calls == [1] * 10  # all but the first layer, twice
+    monkeypatch.setitem(decode_attention.MIN_HEAD_SIZE, 4, 96)
     small = Int8Cache(model.config, value_bits=4)
     with pytest.warns(UserWarning, match="head size 64 with values in 4 bits"):
         logits_of(model, tokens, small, (30, 1))

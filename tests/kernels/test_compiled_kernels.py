@@ -65,7 +65,7 @@ for size in range(16, 257, 16):
     for name in ("decode", "decode, padding", "decode, 5 drafts, padding",
                  "decode, mask of each query", "append", "quantize", "dequantize"):
         assert (name, size) in built, (name, size)
-    assert (("decode, 4 bits", size) in built) == (size >= 96 and size % 32 == 0), size
+    assert (("decode, 4 bits", size) in built) == (size >= 64 and size % 32 == 0), size
 quick = {{(b.name, b.head_size) for b in check.quick_builds()}}
 assert quick == {{(name, size) for name, sizes in check.QUICK.items() for size in sizes}}
 """
