@@ -330,26 +330,23 @@ def gguf_jobs(model: Path, folder: Path) -> dict[str, dict]:
 
 
 def folder_jobs(model: Path, folder: Path) -> dict[str, dict]:
-    """dynamic-4bit and gptq, in the stages that they have; under `folder`/NAME/out.
+    """dynamic-4bit and gptq, in the stages that they have; under `folder`/NAME/out."""
 
-    What runs the model takes seconds, and meets fewer faults.
-    """
-
-    def job(name: str, command: str, *words: str, every: int) -> dict:
+    def job(name: str, command: str, *words: str) -> dict:
         output = folder.resolve() / name / "out" / "m"
         arguments = [command, str(model), "-o", str(output), *words]
-        return {"name": name, "arguments": arguments, "every": every}
+        return {"name": name, "arguments": arguments}
 
     plain = ("dynamic-4bit", "--budget", "0", "--no-check")
     few = ("--tokens", "256", "--seq-len", "64", "--device", "cpu")
-    replacing = job("4bit replacing", *plain, "--force", every=1)
+    replacing = job("4bit replacing", *plain, "--force")
     older = [*replacing["arguments"], "--quant-type", "fp4"]
     return {
-        "4bit": job("4bit", *plain, every=1),
+        "4bit": job("4bit", *plain),
         "4bit replacing": {**replacing, "older": older},
-        "4bit feedback": job("4bit feedback", *plain, *few, "--gptq", every=7),
-        "4bit measured": job("4bit measured", "dynamic-4bit", "--budget", "2kB", *few, every=11),
-        "gptq": job("gptq", "gptq", *few, "--group-size", "32", "--budget", "4kB", every=11),
+        "4bit feedback": job("4bit feedback", *plain, *few, "--gptq"),
+        "4bit measured": job("4bit measured", "dynamic-4bit", "--budget", "2kB", *few),
+        "gptq": job("gptq", "gptq", *few, "--group-size", "32", "--budget", "4kB"),
     }
 
 
