@@ -522,7 +522,7 @@ def _explain(error: OSError, path: Path, replaced: bool) -> QwqQuantError:
             "",
             "Choose another folder with -o.",
         )
-    if error.errno == errno.ENOENT:
+    if error.errno == errno.ENOENT and not path.parent.is_dir():
         return CannotCreate(
             f"{shown} cannot be created: there is no folder {printable(path.parent)}.",
             "",
