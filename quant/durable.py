@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +153,9 @@ class PendingFolder:
             try:
                 descriptor = os.open(self.temporary, flags)
             except FileNotFoundError:  # the other run published it just now
+                continue
+            except NotADirectoryError:
+                _remove_other_kind(self.temporary, self.path)
                 continue
             _lock_alone(descriptor, self.path)
             if _same_file(descriptor, self.temporary):
@@ -333,14 +337,46 @@ def states_folder(path: Path) -> Path:
 def open_alone(place: Path, path: Path) -> int:
     """Open or make the file `place`, and lock it while `path` is being written.
 
-    Raises CannotCreate if another run holds it.
+    Raises CannotCreate if another run holds it, or if it is nothing that a run leaves.
     """
     while True:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        if place == temporary_path(path) and place.is_dir() and not place.is_symlink():
+            _remove_other_kind(place, path)
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP):
+                raise no_regular_file(place) from None
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise no_regular_file(place)
         _lock_alone(descriptor, path)
         if _same_file(descriptor, place):
             return descriptor
         os.close(descriptor)  # the other run published or removed it between our open and our lock
+
+
+def no_regular_file(place: Path) -> CannotCreate:
+    """The refusal of a hidden name that somebody uses for something else."""
+    return CannotCreate(
+        f"{printable(place)} is no regular file.",
+        "It has a name under which unfinished work is kept.",
+        "Remove it or choose another name with -o.",
+    )
+
+
+def _remove_other_kind(place: Path, path: Path) -> None:
+    """Remove what a killed run of another command left for an output of that name: a folder where
+    a file is to be, or a file where a folder is. Raises CannotCreate if that run lives.
+    """
+    with contextlib.suppress(FileNotFoundError):  # gone just now
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        _lock_alone(descriptor, path)
+        try:
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _lock_alone(descriptor: int, path: Path) -> None:
@@ -486,7 +522,7 @@ def _explain(error: OSError, path: Path, replaced: bool) -> QwqQuantError:
             "",
             "Choose another folder with -o.",
         )
-    if error.errno == errno.ENOENT:
+    if error.errno == errno.ENOENT and not path.parent.is_dir():
         return CannotCreate(
             f"{shown} cannot be created: there is no folder {printable(path.parent)}.",
             "",

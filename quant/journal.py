@@ -34,6 +34,7 @@ from quant.display import printable
 from quant.durable import (
     flush_folder,
     journal_path,
+    no_regular_file,
     open_alone,
     own_leftovers,
     translated_errors,
@@ -514,11 +515,7 @@ def _read(descriptor: int, output: Path) -> _Earlier:
     """Raises CannotCreate for what is no file; whatever else is wrong ends what counts."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        raise CannotCreate(
-            f"{printable(journal_path(output))} is no regular file.",
-            "It has the name under which unfinished work is noted.",
-            "Remove it or choose another name with -o.",
-        )
+        raise no_regular_file(journal_path(output))
     earlier, salt, position = _Earlier(), "", 0
     if status.st_size > MOST_NBYTES:
         return earlier

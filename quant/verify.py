@@ -22,7 +22,7 @@ from quant.checkpoint import CONFIG, read_tensors
 from quant.display import human_bytes, printable
 from quant.durable import foreign_files
 from quant.errors import BadInput, CannotCreate, InputMissing, QwqQuantError, Unavailable
-from quant.gguf_file import GgufFile, open_gguf
+from quant.gguf_file import MAGIC, GgufFile, Value, open_gguf
 from quant.safetensors_file import read_header
 from quant.sinks.written import READ_BACK_NBYTES, hash_file
 from quant.strict_files import open_regular, parse_json
@@ -30,6 +30,7 @@ from quant.strict_files import open_regular, parse_json
 OK, FAILED, NOT_MADE = "ok", "failed", "not made"
 
 MOST_CONFIG_NBYTES = 16 << 20
+IMPORTANCE = Value("str", "imatrix")  # general.type
 N_NAMED = 3  # tensors or files in one line of evidence
 TEXT = "The capital of France is"
 
@@ -66,7 +67,8 @@ class Output:
 def find_outputs(path: Path) -> list[Output]:
     """What `path` is: one output, or the folder of several that its manifest names.
 
-    Raises InputMissing, or BadInput for a manifest that is none.
+    Raises InputMissing, or BadInput for a manifest that is none, and for a file that nothing names
+    and that looks like no GGUF file.
     """
     if not path.exists():
         raise InputMissing(f"There is no {printable(path)}.")
@@ -79,7 +81,18 @@ def find_outputs(path: Path) -> list[Output]:
     for name, entry in entries.items():
         if path.name == name or path.name in {file.get("name") for file in _files(entry)}:
             return [Output(folder / name, entry)]
+    if path.suffix != ".gguf" and not _begins_as_gguf(path):
+        raise BadInput(
+            f"{printable(path)} is nothing that can be verified.",
+            "It is no GGUF file, and no qwq-quant.json names it.",
+            "Name a .gguf file or the folder of a model.",
+        )
     return [Output(path, None)]
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def verify(output: Output, progress: Progress = lambda nbytes: None) -> list[Outcome]:
@@ -230,6 +243,10 @@ def _check_meaning(path: Path) -> str:
     """What opens and is nevertheless wrong. Raises BadInput."""
     if path.is_dir() and (method := _quantization(path)) is not None:
         return _check_quantized(path, method)
+    if _is_importance_matrix(path):
+        from quant.importance import read_importance
+
+        return f"an importance matrix of {len(read_importance(path).values)} weights"
     from quant.doctor.checks import examine
     from quant.recipe import choose_recipe
     from quant.source import open_source
@@ -240,6 +257,11 @@ def _check_meaning(path: Path) -> str:
         found = " ".join(f"{e.id}: {printable(e.seen.what)}" for e in errors[:N_NAMED])
         raise BadInput(found, "", f"qwq-quant doctor {printable(path)}")
     return f"{len(report.checked)} of the doctor's checks, no error"
+
+
+def _is_importance_matrix(path: Path) -> bool:
+    """Whether it is what `qwq-quant imatrix` or llama-imatrix writes: GGUF, but no model."""
+    return path.is_file() and open_gguf(path).metadata.get("general.type") == IMPORTANCE
 
 
 def _config(folder: Path) -> dict:
@@ -292,6 +314,8 @@ def _check_gptq(folder: Path) -> str:
 
 def _check_run(path: Path) -> str:
     """Load it in a process of its own and predict one token. Raises BadInput or Unavailable."""
+    if _is_importance_matrix(path):
+        raise _NotMade("There is nothing to run in an importance matrix.")
     from quant.evaluation.isolation import run_isolated
 
     found = run_isolated(predict_one_token, (str(path),), lambda *message: None)

@@ -154,6 +154,13 @@ def test_closed_and_full_streams(tiny_qwq, tmp_path):
         assert done.returncode == code, (tail, done.stderr)
 
 
+def test_a_working_folder_that_was_removed(tiny_qwq):
+    where = f"cd $(mktemp -d) && rmdir $PWD && {sys.executable} -c '{RUN}'"
+    for command in (f"to-gguf {tiny_qwq} -o m.gguf", f"measure {tiny_qwq} -o s.json --dry-run"):
+        done = subprocess.run(["bash", "-c", f"{where} {command}"], capture_output=True, text=True)
+        assert done.returncode == 66 and "folder you are in was removed" in done.stderr
+
+
 def test_json_plan_and_result(tiny_qwq, tmp_path):
     args = ("to-gguf", tiny_qwq, "-o", tmp_path / "m.gguf", "--type", "q8_0", "--format", "json")
     plan = json.loads(child(*args, "--dry-run").stdout)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from quant import durable
-from quant.durable import PendingFolder, own_leftovers
+from quant.durable import PendingFile, PendingFolder, own_leftovers
 from quant.errors import CannotCreate, OutputFailed
 
 
@@ -223,3 +223,39 @@ with open(pending.temporary / "model.safetensors", "wb") as file:
     assert not (tmp_path / "out").exists()
     make(tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"] and text_of(tmp_path / "out") == ("new", "new")
+
+
+def test_what_another_command_left_for_an_output_of_that_name(tmp_path):
+    (tmp_path / ".out.partial").write_text("a file, cut short")
+    make(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"] and text_of(tmp_path / "out") == ("new", "new")
+
+    (tmp_path / ".m.gguf.partial" / "figures").mkdir(parents=True)
+    (tmp_path / ".m.gguf.partial" / "figures" / "error.svg").write_text("a folder, cut short")
+    pending = PendingFile(tmp_path / "m.gguf")
+    pending.write_at(0, b"new")
+    pending.publish()
+    assert (tmp_path / "m.gguf").read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["m.gguf", "out"]
+
+
+def test_another_command_that_is_at_work_is_left_alone(tmp_path):
+    folder = PendingFolder(tmp_path / "folder")
+    fill(folder.temporary)
+    with pytest.raises(CannotCreate, match="Another run is writing"):
+        PendingFile(tmp_path / "folder")
+    file = PendingFile(tmp_path / "file")
+    with pytest.raises(CannotCreate, match="Another run is writing"):
+        PendingFolder(tmp_path / "file")
+    folder.publish()
+    file.publish()
+    assert text_of(tmp_path / "folder") == ("new", "new") and (tmp_path / "file").is_file()
+
+
+@pytest.mark.parametrize("make_it", [os.mkfifo, lambda place: os.symlink("/dev/null", place)])
+def test_a_hidden_name_that_is_nothing_of_ours_is_named(tmp_path, make_it):
+    place = tmp_path / ".m.gguf.partial"
+    make_it(place)
+    with pytest.raises(CannotCreate, match=r"\.m\.gguf\.partial is no regular file"):
+        PendingFile(tmp_path / "m.gguf")
+    assert os.path.lexists(place)

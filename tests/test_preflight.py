@@ -280,3 +280,8 @@ def test_states_for_a_run_that_goes_on_lie_beside_the_output(tiny_qwq, tmp_path)
     one = 8192 * 256 * 4
     assert temporary.temporary == 6 * one and temporary.disk < one
     assert saved.temporary == 0 and saved.disk == temporary.disk + (6 + 3) * one
+
+
+def test_a_folder_that_takes_no_files_is_not_called_missing():
+    problem = preflight.measure_needs(Path("/proc/m.gguf"), disk=0, memory=0).problem
+    assert "/proc/m.gguf" in problem.what and "no folder" not in problem.what

@@ -104,11 +104,11 @@ def test_a_journal_that_is_no_file_is_refused(output):
         opened(output)
     journal_path(output).unlink()
     journal_path(output).symlink_to("/etc/passwd")
-    with pytest.raises(OutputFailed):
+    with pytest.raises(CannotCreate, match="no regular file"):
         opened(output)
     journal_path(output).unlink()
     journal_path(output).mkdir()
-    with pytest.raises(OutputFailed):
+    with pytest.raises(CannotCreate, match="no regular file"):
         opened(output)
 
 

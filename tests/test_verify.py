@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from evaluation_helpers import to_gguf
@@ -13,6 +14,7 @@ from quant.dynamic_4bit import Budget, plan_4bit
 from quant.errors import BadInput, InputMissing
 from quant.formats.nf4 import Bnb4bit
 from quant.gguf_file import open_gguf
+from quant.importance import write_importance
 from quant.source import open_checkpoint, open_source
 from quant.to_gguf import Wishes, plan_gguf
 from quant.verify import find_outputs, verify
@@ -184,6 +186,27 @@ def test_what_is_no_output(tmp_path):
     with pytest.raises(BadInput, match="is no manifest of qwq-quant's") as caught:
         find_outputs(tmp_path)
     assert "replaced" not in str(caught.value)
+
+
+def test_an_importance_matrix_is_whole_though_nothing_runs(tmp_path):
+    sums, counts = np.ones((1, 256), np.float32), np.array([512], np.float32)
+    name = "blk.0.ffn_down.weight"
+    write_importance(tmp_path / "i.gguf", {name: sums}, {name: counts}, 512, 1, ["a text"])
+    found = {"files": "not made", "structure": "ok", "meaning": "ok", "run": "not made"}
+    assert states(tmp_path / "i.gguf") == found
+    content = (tmp_path / "i.gguf").read_bytes()
+    nan = np.full(256, np.nan, np.float32).tobytes()
+    assert sums.tobytes() in content
+    (tmp_path / "i.gguf").write_bytes(content.replace(sums.tobytes(), nan))
+    assert evidence(tmp_path / "i.gguf", "meaning").startswith("failed: ")
+
+
+def test_a_file_that_is_no_model_is_not_called_a_broken_one(tmp_path):
+    (tmp_path / "sensitivity.json").write_text("{}")
+    with pytest.raises(BadInput, match="nothing that can be verified"):
+        find_outputs(tmp_path / "sensitivity.json")
+    (tmp_path / "m.gguf").write_text("{}")  # by its name, it should be
+    assert states(tmp_path / "m.gguf")["structure"] == "failed"
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "", 3, None])

@@ -16,7 +16,7 @@ import click
 from quant import __version__
 from quant.cli.resuming import catch
 from quant.display import printable
-from quant.errors import QwqQuantError
+from quant.errors import InputMissing, QwqQuantError
 
 COMMANDS = {
     "to-gguf": "quant.cli.to_gguf",
@@ -67,6 +67,7 @@ class _Commands(click.Group):
         sys.exit(code)
 
     def invoke(self, ctx):
+        _require_working_folder()
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -88,6 +89,16 @@ class _Commands(click.Group):
             if near:
                 error.message += f" Did you mean {near!r}?"
             raise
+
+
+def _require_working_folder() -> None:
+    """Raises InputMissing where it was removed: no path has a meaning then, and torch aborts."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputMissing(
+            "The folder you are in was removed.", "", "Go to one that is there first: cd FOLDER"
+        ) from None
 
 
 def _nearest(word: str, words) -> str | None:
