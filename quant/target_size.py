@@ -26,9 +26,10 @@ Errors come from a sample of rows, so that a plan for 32 billion weights takes m
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from math import ceil, floor, sqrt
 
@@ -41,6 +42,7 @@ from quant.errors import BadRecipe
 from quant.finite import zero_nonfinite
 from quant.formats import FORMATS, Float16Overflow, Format
 from quant.gguf_file import padded
+from quant.measured_errors import MeasuredErrors
 from quant.mixtures import NEEDS_IMPORTANCE
 from quant.plan import Assignment, Plan, Step
 from quant.selection import Solution, solve
@@ -333,12 +335,14 @@ def choose_formats(
     n_experts_used: int = 1,
     encoder: Callable[[Format], Format] = lambda format: format,
     progress: Progress = lambda done, total: None,
+    kept: MeasuredErrors | None = None,
 ) -> tuple[Plan, list[str]]:
     """`plan` with the best format for every tensor in `free`, and what to tell the user.
 
     header_nbytes: of the file, what is no tensor. encoder: gives a format another encoder
-    (--refine). Reads weights, on all cores.
-    Raises BadRecipe, before that if it can, for a target that no choice of formats meets.
+    (--refine). kept: where errors are kept for another run. Reads weights, on all cores.
+    Raises BadRecipe, before that if it can, for a target that no choice of formats meets; what
+    MeasuredErrors raises.
     """
     tensors = [a for a in plan.assignments if a.name in free]
     ladders = {a.name: [encoder(format) for format in ladder(a)] for a in tensors}
@@ -346,7 +350,7 @@ def choose_formats(
     budget = target.tensor_nbytes(plan, header_nbytes)
     sizes = [[_nbytes(plan, a, format) for format in ladders[a.name]] for a in tensors]
     _check_reach(plan, target, header_nbytes, fixed, sizes)
-    measured = _measure_all(plan.assignments, ladders, progress)
+    measured = _measure_all(plan.assignments, ladders, progress, kept)
     weights = damage_weights(plan.assignments, measured, n_experts_used)
     levels = [_levels(plan, a, ladders[a.name], measured[a.name]) for a in tensors]
     sizes = [[level.nbytes for level in some] for some in levels]
@@ -396,19 +400,31 @@ def _check_reach(
 
 
 def _measure_all(
-    assignments: Iterable[Assignment], ladders: dict[str, list[Format]], progress: Progress
+    assignments: Iterable[Assignment],
+    ladders: dict[str, list[Format]],
+    progress: Progress,
+    kept: MeasuredErrors | None,
 ) -> dict[str, Measured]:
     """Errors of the tensors that have a ladder, energies of those that the shares are made of."""
-    wanted = [a for a in assignments if a.name in ladders or _gives_energy(a)]
-    with TensorReader() as reader, ThreadPoolExecutor(worker_count()) as pool:
-        running = [pool.submit(measure, a, ladders.get(a.name, [])[:-1], reader) for a in wanted]
-        try:
-            measured = {}
-            for a, future in zip(wanted, running, strict=True):
-                measured[a.name] = future.result()
-                progress(len(measured), len(wanted))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    wanted = [
+        (a, ladders.get(a.name, [])[:-1])
+        for a in assignments
+        if a.name in ladders or _gives_energy(a)
+    ]
+
+    def rest(n_done: int) -> Iterator[dict]:
+        with TensorReader() as reader, ThreadPoolExecutor(worker_count()) as pool:
+            running = [pool.submit(measure, *each, reader) for each in wanted[n_done:]]
+            try:
+                yield from (asdict(future.result()) for future in running)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    found, measured = rest(0) if kept is None else kept.each(wanted, rest), {}
+    with closing(found):
+        for (a, _), unit in zip(wanted, found, strict=True):
+            measured[a.name] = Measured(**unit)
+            progress(len(measured), len(wanted))
     return measured
 
 

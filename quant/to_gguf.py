@@ -32,6 +32,7 @@ from quant.gguf_file import (
     metadata_nbytes_at_most,
 )
 from quant.importance import importance_metadata, match_importance, read_importance
+from quant.measured_errors import MeasuredErrors
 from quant.metadata import QUANTIZATION_VERSION, general_metadata
 from quant.metadata_checks import check_metadata
 from quant.mixtures import (
@@ -100,12 +101,16 @@ class Job:
 
 
 def plan_gguf(
-    source: Source, wishes: Wishes, measuring: Progress = lambda done, total: None
+    source: Source,
+    wishes: Wishes,
+    measuring: Progress = lambda done, total: None,
+    kept: MeasuredErrors | None = None,
 ) -> Job:
     """Decide every tensor's format and every metadata key.
 
     Reads headers and JSON, and no weights unless a target size is wished for: that reads and
-    encodes a sample of every tensor, and calls `measuring` after each.
+    encodes a sample of every tensor, calls `measuring` after each, and keeps what it finds in
+    `kept` for another run.
     Raises BadInput, BadRecipe or UsageError; nothing has been written then.
     """
     _refuse_contradictions(wishes)
@@ -116,7 +121,7 @@ def plan_gguf(
     )
     job = _with_wishes(job, wishes)
     if wishes.target is not None:
-        job = _meet_target(job, wishes, measuring)
+        job = _meet_target(job, wishes, measuring, kept)
     return replace(job, notes=(*job.notes, *_too_large(job.plan)))
 
 
@@ -134,7 +139,7 @@ def _refuse_contradictions(wishes: Wishes) -> None:
             )
 
 
-def _meet_target(job: Job, wishes: Wishes, measuring: Progress) -> Job:
+def _meet_target(job: Job, wishes: Wishes, measuring: Progress, kept: MeasuredErrors | None) -> Job:
     """The job with formats that make it as large as the target, and its type named accordingly."""
     tensors = [a.source for a in job.plan.assignments]
     architecture = job.metadata["general.architecture"].data
@@ -147,6 +152,7 @@ def _meet_target(job: Job, wishes: Wishes, measuring: Progress) -> Job:
         n_experts_used=used.data if used is not None and used.type == "u32" and used.data else 1,
         encoder=_refined if wishes.refine else lambda format: format,
         progress=measuring,
+        kept=kept,
     )
     metadata = dict(job.metadata)
     if not any(text.startswith("general.file_type=") for text in wishes.overrides):

@@ -17,12 +17,14 @@ from click.testing import CliRunner
 from faults import tiny_model
 from safetensors.torch import load_file, save_file
 
-from quant import convert, durable, journal, write_gguf
+from quant import convert, durable, journal, target_size, write_gguf
 from quant.cli import cli, options
 from quant.durable import own_leftovers
 from quant.errors import BadInput, InputMissing, OutputFailed
 from quant.journal import MODES, Resume, Stopped
+from quant.measured_errors import MeasuredErrors
 from quant.source import open_source
+from quant.target_size import Target
 from quant.to_gguf import Wishes, plan_gguf
 
 SPLIT = {"max_file_nbytes": 280_000}
@@ -655,3 +657,47 @@ def test_the_modes_of_the_command_line_are_the_library_s():
 
     (option,) = command.__click_params__
     assert tuple(option.type.choices) == MODES
+
+
+# --- errors that a target size is chosen by ---------------------------------------------------
+
+
+def test_measured_errors_are_kept_until_the_output_is_written(model, tmp_path, monkeypatch):
+    measure, measured = target_size.measure, []
+
+    def counted(assignment, *rest):
+        measured.append(assignment.name)
+        return measure(assignment, *rest)
+
+    monkeypatch.setattr(target_size, "measure", counted)
+    output = tmp_path / "m.gguf"
+    words = ["to-gguf", str(model), "-o", str(output), "--target-bpw", "6"]
+    undisturbed = CliRunner().invoke(cli, [*words[:3], str(tmp_path / "once.gguf"), *words[4:]])
+    assert undisturbed.exit_code == 0, undisturbed.output
+    n_all = len(measured)
+    assert n_all > 8
+
+    resume = Resume()
+
+    def stop_at_five(done: int, total: int) -> None:
+        if done == 5:
+            resume.stop.make()
+
+    wishes = Wishes(target=Target(bits_per_weight=6.0))
+    with pytest.raises(Stopped, match=f"6 of {n_all} tensors are finished and kept"):
+        plan_gguf(open_source(str(model)), wishes, stop_at_five, MeasuredErrors(output, resume))
+    measured.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(write_gguf, "_write_rest", interrupted)
+        assert CliRunner().invoke(cli, words).exit_code == 130
+    assert len(measured) == n_all - 6
+    measured.clear()
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert not measured and f"Going on after {n_all} of {n_all} tensors" in done.stderr
+    assert output.read_bytes() == (tmp_path / "once.gguf").read_bytes()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt

@@ -171,11 +171,21 @@ def command(
     target = _target(target_bpw, target_size)
     wishes |= {"target": target, "max_file_nbytes": split_max_size, "choices": choices}
     started = time.monotonic()
-    job = _plan(mended.source, Wishes(recipe=mended.chosen if speaks else None, **wishes))
-    job = replace(job, notes=(*mended.notes, *job.notes))
+    wishes = Wishes(recipe=mended.chosen if speaks else None, **wishes)
     if dry_run:
+        job = _plan(mended, wishes)
         return _print_plan(job, output, output_format, time.monotonic() - started)
-    return _write(job, output, force, nan_policy, output_format, resume)
+
+    from quant.cli.resuming import resuming
+    from quant.measured_errors import MeasuredErrors
+
+    with resuming(resume, "tensor") as how:
+        how = replace(how, command=options.typed_command())
+        kept = MeasuredErrors(output, how)
+        job = _plan(mended, wishes, kept)
+        _write(job, output, force, nan_policy, output_format, how)
+        kept.forget()
+    return 0
 
 
 def _target(bits_per_weight: float | None, file_nbytes: int | None):
@@ -187,8 +197,8 @@ def _target(bits_per_weight: float | None, file_nbytes: int | None):
     return Target(bits_per_weight, file_nbytes)
 
 
-def _plan(source, wishes):
-    """The job; a target size takes measuring, whose progress is shown."""
+def _plan(mended, wishes, kept=None):
+    """The job; a target size takes measuring, whose progress is shown, and its results kept."""
     from quant.cli.progress import Progress
     from quant.to_gguf import plan_gguf
 
@@ -198,7 +208,8 @@ def _plan(source, wishes):
             bar.total = total
             bar.advance(done - bar.done)
 
-        return plan_gguf(source, wishes, show)
+        job = plan_gguf(mended.source, wishes, show, kept)
+    return replace(job, notes=(*mended.notes, *job.notes))
 
 
 def _print_plan(job, output: Path, output_format: str, planning: float) -> int:
@@ -216,12 +227,9 @@ def _print_plan(job, output: Path, output_format: str, planning: float) -> int:
     return needs.exit_code
 
 
-def _write(
-    job, output: Path, force: bool, nan_policy: str, output_format: str, resume: str
-) -> None:
+def _write(job, output: Path, force: bool, nan_policy: str, output_format: str, resume) -> None:
     from quant.cli.plan_table import print_note
     from quant.cli.progress import BytesProgress
-    from quant.cli.resuming import resuming
     from quant.display import printable
     from quant.gguf_needs import gguf_needs
     from quant.write_gguf import output_path, result_summary, write_gguf
@@ -232,7 +240,7 @@ def _write(
         print_note(note, err=True)
     started = time.monotonic()
     nbytes, n_weights = job.plan.nbytes, job.plan.n_weights
-    with BytesProgress("Writing", nbytes) as bar, resuming(resume, "tensor") as resume:
+    with BytesProgress("Writing", nbytes) as bar:
         result = write_gguf(
             job,
             path,
