@@ -121,7 +121,7 @@ def command(
     from quant.lora import merge_notes
     from quant.source import open_checkpoint
     from quant.write_gptq import N_MODELS, check_gptq, fill_gptq, run_gptq
-    from quant.write_with_feedback import check_tokens
+    from quant.write_with_feedback import check_tokens, token_notes
 
     checkpoint = open_checkpoint(model, check_config=find_architecture, **where)
     format = Gptq(int(bits), group_size, symmetric)
@@ -133,6 +133,9 @@ def command(
         calibration, n_tokens, seq_len, device, saves=resume != "never",
     )  # fmt: skip
     layerwise.needs().require()
+    tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
+    check_tokens(plan, tokens)
+    plan = replace(plan, notes=(*plan.notes, *token_notes(plan, tokens)))
     must_measure, few = plan.budget.needs_choice, None
     if must_measure or not dry_run:
         device = choose_device(device)
@@ -144,8 +147,6 @@ def command(
         needs = layerwise.needs()
         print_plan(plan, output_format, needs, folder_estimate(layerwise, plan))
         raise click.exceptions.Exit(needs.exit_code)
-    tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
-    check_tokens(plan, tokens)
     held_out = held_out_tokens(checkpoint) if check else None
     started = time.monotonic()
     n_layers = plan.groups[-1].layer + 1
