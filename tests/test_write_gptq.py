@@ -294,7 +294,11 @@ def test_the_plan_alone(tiny_qwq, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [("--bits", 3), ("--group-size", 0), ("--damp", 2)], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [("--bits", 3), ("--group-size", 0), ("--damp", 2), ("--damp", "nan")],
+    ids=str,
+)
 def test_options_that_cannot_be(words, tiny_qwq, tmp_path):
     assert run(tiny_qwq, "-o", tmp_path / "out", *words).exit_code == 2
 

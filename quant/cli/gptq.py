@@ -1,5 +1,6 @@
 """qwq-quant gptq: Int4 and Int8 checkpoints for vLLM and transformers."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,16 @@ class GroupSize(click.ParamType):
         if size < 1 and size != -1:
             self.fail("a number of weights is needed, or -1 for whole rows", param, ctx)
         return size
+
+
+class Damp(click.FloatRange):
+    """A share between 0 and 1; click alone lets NaN through."""
+
+    def convert(self, value, param, ctx):
+        share = super().convert(value, param, ctx)
+        if math.isnan(share):
+            self.fail("a number is needed", param, ctx)
+        return share
 
 
 @click.command("gptq")
@@ -62,7 +73,7 @@ class GroupSize(click.ParamType):
 )
 @click.option(
     "--damp",
-    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    type=Damp(min=0, max=1, min_open=True, max_open=True),
     default=0.01,
     show_default=True,
     help="What is added to the inputs' mean square, as a share of it: less trust in the text.",
