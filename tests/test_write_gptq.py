@@ -275,6 +275,12 @@ def test_the_command(tiny_qwq, tmp_path):
     content = json.loads(result.stdout)
     assert content["quantization_config"]["bits"] == 8
     assert content["nbytes"] == (out / "model.safetensors").stat().st_size
+    (note,) = content["notes"]
+    assert note.startswith("1024 tokens") and note.endswith(
+        "--tokens 3072, and a text that has them"
+    )
+    assert "1024 tokens of calibration text are fewer than 4 times" in result.stderr
+    assert "1024 tokens" in (out / "README.md").read_text().partition("Note: ")[2]
     again = run(tiny_qwq, "-o", out, "--tokens", 1024)
     assert isinstance(again.exception, CannotCreate)
 
@@ -284,11 +290,15 @@ def test_the_plan_alone(tiny_qwq, tmp_path):
     assert result.exit_code == 0, result.output
     assert "42 linears in 4 bits" in result.stdout
     assert "At least 768 tokens" in result.stdout
-    assert "asymmetric" in result.stdout
+    assert "asymmetric" in result.stdout and "fewer" not in result.stdout
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [("--bits", 3), ("--group-size", 0), ("--damp", 2)], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [("--bits", 3), ("--group-size", 0), ("--damp", 2), ("--damp", "nan")],
+    ids=str,
+)
 def test_options_that_cannot_be(words, tiny_qwq, tmp_path):
     assert run(tiny_qwq, "-o", tmp_path / "out", *words).exit_code == 2
 
@@ -298,5 +308,7 @@ def test_bad_input_before_any_work(tiny_qwq, tmp_path):
     text.write_text("Too little of it. " * 60)
     few = run(tiny_qwq, "-o", tmp_path / "out", "--calibration", text, "--seq-len", 64)
     assert isinstance(few.exception, BadInput) and "too few" in few.exception.what
+    dry = run(tiny_qwq, "-o", tmp_path / "out", "--tokens", 512, "--dry-run")
+    assert isinstance(dry.exception, BadInput) and "--tokens 3072" in dry.exception.next_step
     odd = run(tiny_qwq, "-o", tmp_path / "out", "--group-size", 96)
     assert isinstance(odd.exception, BadInput) and "--group-size 128" in odd.exception.next_step

@@ -27,6 +27,7 @@ from quant.feedback_4bit import encode_with_feedback
 from quant.formats.nf4 import Bnb4bit
 from quant.texts import built_in_texts, held_out_texts
 from quant.write_4bit import write_4bit
+from quant.write_with_feedback import token_notes
 
 KEPT = ("model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj")
 FORMATS = {
@@ -160,6 +161,12 @@ def dynamic(*words):
     return CliRunner().invoke(cli, command)
 
 
+FEW = (
+    "512 tokens of calibration text are fewer than 4 times the 192 inputs of the widest linear: "
+    "feedback may be worse than plain rounding; give --tokens 768, and a text that has them"
+)
+
+
 def test_the_command_says_it_everywhere(made_models, tmp_path):
     out, source = tmp_path / "out", made_models("qwen2")[0]
     options = ("--gptq", "--tokens", 512, "--seq-len", 64)
@@ -167,6 +174,7 @@ def test_the_command_says_it_everywhere(made_models, tmp_path):
     assert result.exit_code == 0, result.output
     assert "NF4 with error feedback, each layer on the outputs" in result.stdout
     assert "dynamic, feedback" in result.stdout
+    assert FEW in " ".join(result.stderr.split())
     card = (out / "README.md").read_text()
     assert "NF4 with error feedback. Calibrated on 512 tokens of built-in" in card
     entry = json.loads((out / "qwq-quant.json").read_text())["outputs"]["."]
@@ -175,6 +183,7 @@ def test_the_command_says_it_everywhere(made_models, tmp_path):
     planned = dynamic(source, "-o", tmp_path / "x", *options, "--budget", 0, "--dry-run")
     assert planned.exit_code == 0 and not (tmp_path / "x").exists()
     assert "NF4 with error feedback: at least 192 tokens of calibration" in planned.stdout
+    assert FEW in " ".join(planned.stdout.split())
     content = dynamic(source, "-o", tmp_path / "x", *options, "--budget", 0, "--dry-run",
                       "--format", "json")  # fmt: skip
     assert json.loads(content.stdout)["feedback"] is True
@@ -199,6 +208,14 @@ def test_too_few_tokens(tiny_qwq, made_models, tmp_path):
     with pytest.raises(BadInput, match="too few"):
         write_4bit(plan, tmp_path / "out", tokens=random_tokens(2, 64))
     assert not any(tmp_path.iterdir())
+
+
+def test_few_tokens_are_noted(made_models):
+    plan = plan_with_feedback(made_models("qwen2")[0], Bnb4bit())
+    assert token_notes(plan, random_tokens(8, 64)) == (FEW,)
+    assert token_notes(plan, random_tokens(12, 64)) == ()
+    (note,) = token_notes(plan, random_tokens(7, 100))  # 768 would give seven sequences again
+    assert "give --tokens 800," in note
 
 
 def test_activations_that_are_not_finite(made_models, tmp_path):

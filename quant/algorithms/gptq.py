@@ -238,7 +238,7 @@ def inverse_factor(H: torch.Tensor, damp: float = DAMP) -> tuple[torch.Tensor, f
     With J the reversal of the order, J H J = L L^T gives Hinv = J L^-1 J: one decomposition and one
     triangular system. Where H is singular still, ten times the damping is tried, and so on; it
     ends, since H is positive semidefinite. A column without inputs counts as independent of
-    all others. Raises NotFinite.
+    all others. Raises NotFinite, also for inputs so large that H overflows once it is damped.
     """
     diagonal = H.diagonal()
     if not torch.isfinite(diagonal).all():
@@ -250,6 +250,8 @@ def inverse_factor(H: torch.Tensor, damp: float = DAMP) -> tuple[torch.Tensor, f
     while True:
         damped = reversed_H.clone()
         damped.diagonal().copy_(torch.where(reversed_alive, damped.diagonal(), mean) + damp * mean)
+        if not torch.isfinite(damped.diagonal()).all():  # and no damping would mend it
+            raise NotFinite("the inputs' squares overflow")
         L, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed and torch.isfinite(L.diagonal()).all():

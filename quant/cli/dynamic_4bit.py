@@ -110,7 +110,7 @@ def command(
 
     def planned(measured=None):
         plan = plan_4bit(checkpoint, format, budget, measured, metric)
-        return replace(plan, notes=(*mended.notes, *plan.notes), feedback=gptq)
+        return replace(plan, notes=(*mended.notes, *plan.notes, *few), feedback=gptq)
 
     plain = replace(plan_plain(checkpoint, format, budget), feedback=gptq)
     must_measure = budget.needs_choice and sensitivity is None
@@ -120,8 +120,9 @@ def command(
         calibration, n_tokens, seq_len, device, saves=resume != "never",
     )  # fmt: skip
     layerwise.needs().require()
-    plan = plain if must_measure else planned(_read(sensitivity, calibration, gptq))
-    tokens = _tokens(plain, must_measure, calibration, n_tokens, seq_len)
+    given = _read(sensitivity, calibration, gptq)
+    tokens, few = _tokens(plain, must_measure, calibration, n_tokens, seq_len)
+    plan = plain if must_measure else planned(given)
     held_out = held_out_tokens(checkpoint) if check and not dry_run else None
     if tokens is not None or held_out is not None:
         from quant.calibration.device import choose_device
@@ -188,20 +189,24 @@ def _read(sensitivity: Path | None, calibration: Path | None, gptq: bool):
 
 
 def _tokens(plain, must_measure: bool, calibration: Path | None, n_tokens: int, seq_len: int):
-    """What to measure and to feed errors back on; None if neither is to be done."""
+    """What to measure and to feed errors back on, and notes on it; None if neither is to be done.
+
+    Raises BadInput for too little.
+    """
     if not (must_measure or plain.feedback):
-        return None
+        return None, ()
     from quant.cli.calibrating import calibration_tokens
     from quant.cli.measuring import check_enough
 
     tokens = calibration_tokens(plain.checkpoint, calibration, n_tokens, seq_len)
     if must_measure:
         check_enough(tokens)
-    if plain.feedback:
-        from quant.write_with_feedback import check_tokens
+    if not plain.feedback:
+        return tokens, ()
+    from quant.write_with_feedback import check_tokens, token_notes
 
-        check_tokens(plain, tokens)
-    return tokens
+    check_tokens(plain, tokens)
+    return tokens, token_notes(plain, tokens)
 
 
 def _progress(plan):

@@ -1,5 +1,6 @@
 """qwq-quant gptq: Int4 and Int8 checkpoints for vLLM and transformers."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,16 @@ class GroupSize(click.ParamType):
         if size < 1 and size != -1:
             self.fail("a number of weights is needed, or -1 for whole rows", param, ctx)
         return size
+
+
+class Damp(click.FloatRange):
+    """A share between 0 and 1; click alone lets NaN through."""
+
+    def convert(self, value, param, ctx):
+        share = super().convert(value, param, ctx)
+        if math.isnan(share):
+            self.fail("a number is needed", param, ctx)
+        return share
 
 
 @click.command("gptq")
@@ -62,7 +73,7 @@ class GroupSize(click.ParamType):
 )
 @click.option(
     "--damp",
-    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    type=Damp(min=0, max=1, min_open=True, max_open=True),
     default=0.01,
     show_default=True,
     help="What is added to the inputs' mean square, as a share of it: less trust in the text.",
@@ -121,7 +132,7 @@ def command(
     from quant.lora import merge_notes
     from quant.source import open_checkpoint
     from quant.write_gptq import N_MODELS, check_gptq, fill_gptq, run_gptq
-    from quant.write_with_feedback import check_tokens
+    from quant.write_with_feedback import check_tokens, token_notes
 
     checkpoint = open_checkpoint(model, check_config=find_architecture, **where)
     format = Gptq(int(bits), group_size, symmetric)
@@ -133,6 +144,9 @@ def command(
         calibration, n_tokens, seq_len, device, saves=resume != "never",
     )  # fmt: skip
     layerwise.needs().require()
+    tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
+    check_tokens(plan, tokens)
+    plan = replace(plan, notes=(*plan.notes, *token_notes(plan, tokens)))
     must_measure, few = plan.budget.needs_choice, None
     if must_measure or not dry_run:
         device = choose_device(device)
@@ -144,8 +158,6 @@ def command(
         needs = layerwise.needs()
         print_plan(plan, output_format, needs, folder_estimate(layerwise, plan))
         raise click.exceptions.Exit(needs.exit_code)
-    tokens = calibration_tokens(checkpoint, calibration, n_tokens, seq_len)
-    check_tokens(plan, tokens)
     held_out = held_out_tokens(checkpoint) if check else None
     started = time.monotonic()
     n_layers = plan.groups[-1].layer + 1

@@ -357,3 +357,12 @@ def test_inputs_or_weights_that_are_not_finite(bad):
     W[2, 2] = bad
     with pytest.raises(NotFinite, match="weights"):
         gptq(W, H, integer_grid())
+
+
+def test_inputs_whose_squares_overflow_end():
+    """H is finite, but not its diagonal's sum, so neither the damping: no more of it helps."""
+    W, H = case(torch.float32)
+    H *= 3e38 / H.max()
+    assert torch.isfinite(H).all()
+    with pytest.raises(NotFinite, match="overflow"):
+        gptq(W, H, integer_grid())
