@@ -14,7 +14,7 @@ import threading
 import click
 
 from quant import __version__
-from quant.cli.resuming import catch
+from quant.cli.resuming import ENDING, catch
 from quant.display import printable
 from quant.errors import InputMissing, QwqQuantError
 
@@ -183,4 +183,9 @@ def cli():
 
 def main() -> None:
     """The console script."""
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as ending:
+        if not ending.code:  # all is done and said: taking Python down is no time to be stopped
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        raise
