@@ -65,11 +65,13 @@ def write_gguf(
     resume: Resume | None = None,
     progress: Progress = lambda n_weights: None,
     verifying: Callable[[], None] = lambda: None,
+    recorded: Callable[[], object] = lambda: None,
 ) -> Result:
     """Carry out the job, or what an interrupted run left of it.
 
     The output appears whole and verified, or not at all; the files of a split one, one at once
-    after the other. command: what the user typed, for the manifest; without secrets.
+    after the other. command: what the user typed, for the manifest; without secrets. recorded: is
+    called when all is done; a run that is ended before that goes on with it.
     Raises OutputFailed, CannotCreate, BadInput if the weights hold NaN or the source changed, or
     Stopped.
     """
@@ -97,6 +99,7 @@ def write_gguf(
                 sink.publish()
         result = Result(files, tuple(change for unit in units for change in unit.changes))
         _record(job, paths[0], result, before, command)
+        recorded()
     return result
 
 

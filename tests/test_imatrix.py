@@ -27,11 +27,15 @@ def whole_model_squares(model, ids: np.ndarray) -> dict[str, np.ndarray]:
         total = x.double().square().sum(dim=(0, 1)).numpy()
         squares[name] = squares.get(name, 0) + total
 
-    for name, module in model.model.layers.named_modules():
-        if type(module) is torch.nn.Linear:
-            module.register_forward_pre_hook(lambda _, x, name=name: add(name, x[0]))
+    hooks = [  # removed again: other tests use the model, too
+        module.register_forward_pre_hook(lambda _, x, name=name: add(name, x[0]))
+        for name, module in model.model.layers.named_modules()
+        if type(module) is torch.nn.Linear
+    ]
     with torch.no_grad():
         model(torch.from_numpy(ids))
+    for hook in hooks:
+        hook.remove()
     return squares
 
 

@@ -181,10 +181,9 @@ def command(
 
     with resuming(resume, "tensor") as how:
         how = replace(how, command=options.typed_command())
-        kept = MeasuredErrors(output, how)
+        kept = MeasuredErrors(output, how) if target else None
         job = _plan(mended, wishes, kept)
-        _write(job, output, force, nan_policy, output_format, how)
-        kept.forget()
+        _write(job, output, force, nan_policy, output_format, how, kept)
     return 0
 
 
@@ -227,7 +226,9 @@ def _print_plan(job, output: Path, output_format: str, planning: float) -> int:
     return needs.exit_code
 
 
-def _write(job, output: Path, force: bool, nan_policy: str, output_format: str, resume) -> None:
+def _write(
+    job, output: Path, force: bool, nan_policy: str, output_format: str, resume, kept
+) -> None:
     from quant.cli.plan_table import print_note
     from quant.cli.progress import BytesProgress
     from quant.display import printable
@@ -250,6 +251,7 @@ def _write(job, output: Path, force: bool, nan_policy: str, output_format: str, 
             resume=resume,
             progress=lambda n: bar.advance(n * nbytes // n_weights),
             verifying=lambda: bar.message("Reading it back"),
+            recorded=lambda: kept and kept.forget(),
         )
     for change in result.changes:
         print_note(f"{printable(change.name)}: {change.why}.", err=True)
