@@ -22,15 +22,18 @@ CODE = ("formats", "assembly.py", "finite.py", "lora.py", "target_size.py", "ten
 class MeasuredErrors:
     """Of one output, a file or the folder that it will be in."""
 
-    def __init__(self, output: Path, resume: Resume):
-        name = "target-size" if output.is_dir() else output.name
+    def __init__(self, output: Path, resume: Resume, model: str = ""):
+        """model: as it was typed; it tells outputs apart that have no name yet."""
+        name = f"{Path(model).name or 'model'}-target-size" if output.is_dir() else output.name
         folder = output if output.is_dir() else output.parent
         self._place, self._resume = folder / f"{name}.measured", resume
+        self.went_on = False
+        """Whether an interrupted run had measured some."""
 
     def each(
-        self, wanted: Sequence[tuple[object, list[str]]], measure: Callable[[int], Iterator[dict]]
+        self, wanted: Sequence[tuple], measure: Callable[[int], Iterator[dict]]
     ) -> Iterator[dict]:
-        """What is measured of all that is wanted, in order: (assignment, names of formats) each.
+        """What is measured of all that is wanted, in order: (assignment, its formats) each.
 
         measure(n): measures those behind the first n. Raises Stopped, CannotCreate or OutputFailed.
         """
@@ -38,6 +41,7 @@ class MeasuredErrors:
         with Journal(self._place, decides, self._resume, "tensors", len(wanted)) as journal:
             done = journal.units[: len(wanted)]
             journal.begin(len(done))
+            self.went_on = bool(done)
             yield from done
             for found in measure(len(done)):
                 journal.append(found)

@@ -692,7 +692,7 @@ def test_measured_errors_are_kept_until_the_output_is_written(model, tmp_path, m
         assert CliRunner().invoke(cli, words).exit_code == 130
     assert len(measured) == n_all - 6
     measured.clear()
-    done = CliRunner().invoke(cli, words)
+    done = CliRunner().invoke(cli, [*words, "--resume", "required"])
     assert done.exit_code == 0, done.output
     assert not measured and f"Going on after {n_all} of {n_all} tensors" in done.stderr
     assert output.read_bytes() == (tmp_path / "once.gguf").read_bytes()

@@ -181,8 +181,10 @@ def command(
 
     with resuming(resume, "tensor") as how:
         how = replace(how, command=options.typed_command())
-        kept = MeasuredErrors(output, how) if target else None
+        kept = MeasuredErrors(output, how, model) if target else None
         job = _plan(mended, wishes, kept)
+        if kept and kept.went_on:  # so there was a run to go on with, whether or not it wrote
+            how = replace(how, mode="auto")
         _write(job, output, force, nan_policy, output_format, how, kept)
     return 0
 
