@@ -93,8 +93,11 @@ def _feed(digest, value: object, paths: dict[Path, int]) -> None:
     """Hash a value; collect the files of tensors in it, each with where its first tensor begins."""
     if isinstance(value, TensorInfo):
         paths[value.path] = min(value.offset, paths.get(value.path, value.offset))
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+    if value is None or isinstance(value, (bool, int, float, str)):
         digest.update(f"{type(value).__name__}{value!r};".encode("utf-8", "surrogatepass"))
+    elif isinstance(value, bytes):
+        digest.update(f"bytes{len(value)}:".encode())
+        digest.update(value)
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value))

@@ -19,7 +19,6 @@ import re
 import stat
 import struct
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -158,6 +157,14 @@ def _raw(text: str | bytes) -> bytes:
     return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
 
 
+def _raws(texts: list[str | bytes]) -> list[bytes]:
+    """_raw of each; a vocabulary has 300,000, nearly always plain text."""
+    try:
+        return list(map(str.encode, texts))
+    except (TypeError, UnicodeEncodeError):
+        return list(map(_raw, texts))
+
+
 def _encode_string(text: str | bytes) -> bytes:
     raw = _raw(text)
     return _LENGTH.pack(len(raw)) + raw
@@ -169,9 +176,8 @@ def _encode_value(value: Value) -> bytes:
         return struct.pack("<I", SCALAR_TYPES[value.type]) + _encode_scalar(value.type, value.data)
     head = struct.pack("<IIQ", ARRAY, SCALAR_TYPES[element], len(value.data))
     if element == "str":
-        raws = list(map(_raw, value.data))
-        lengths = map(_LENGTH.pack, map(len, raws))
-        return head + b"".join(chain.from_iterable(zip(lengths, raws, strict=True)))
+        pack = _LENGTH.pack
+        return head + b"".join([pack(len(raw)) + raw for raw in _raws(value.data)])
     return head + np.asarray(value.data, dtype=_NUMPY[element]).tobytes()
 
 

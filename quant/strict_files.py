@@ -98,9 +98,10 @@ def parse_json(raw: bytes, path: Path, part: str = "") -> dict:
     Raises BadInput with the file, and the line and column where they are known.
     """
     try:
-        with _no_garbage_collection():
+        with without_garbage_collection():
             value = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
-            _check_depth_and_text(value)
+            _check_depth(value)
+            _check_text(value, raw)
     except UnicodeDecodeError as error:
         reason = f"Byte {error.start} of it is not UTF-8"
     except json.JSONDecodeError as error:
@@ -124,8 +125,10 @@ def parse_json(raw: bytes, path: Path, part: str = "") -> dict:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A vocabulary's 150,000 small lists are no cycles, and looking for some costs time."""
+def without_garbage_collection() -> Iterator[None]:
+    """A vocabulary's 150,000 small lists are no cycles, and looking for some takes as long as
+    reading them.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -135,29 +138,28 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check_depth_and_text(value: object) -> None:
-    """Raise RecursionError below MAX_DEPTH, and ValueError for strings that UTF-8 cannot hold.
+_CONTAINERS = frozenset((dict, list))
 
-    JSON may write half of a surrogate pair ("\\ud800"); Python keeps it until someone encodes it.
-    A vocabulary has 300,000 strings, so the strings of a level are looked at together.
-    """
-    level = [value]
+
+def _check_depth(value: object) -> None:
+    """Raise RecursionError below MAX_DEPTH."""
+    level: list = [[value]]
     for _ in range(MAX_DEPTH):
-        types = set(map(type, level))
-        if str in types:
-            "".join(_only(str, level, types)).encode()
-        objects = _only(dict, level, types) if dict in types else ()
-        for item in objects:
-            "".join(item).encode()
-        lists = _only(list, level, types) if list in types else ()
-        level = list(chain(*lists, *(item.values() for item in objects)))
-        if not level:
-            return
+        parts = [item.values() if type(item) is dict else item for item in level]
+        if _CONTAINERS.isdisjoint(map(type, chain.from_iterable(parts))):
+            return  # found out without a loop: a vocabulary has 150,000 lists of two texts
+        level = [item for item in chain.from_iterable(parts) if type(item) in _CONTAINERS]
     raise RecursionError
 
 
-def _only(kind: type, level: list, types: set[type]) -> list:
-    return level if types == {kind} else [item for item in level if type(item) is kind]
+def _check_text(value: object, raw: bytes) -> None:
+    """Raise ValueError for strings that UTF-8 cannot hold.
+
+    JSON may write half of a surrogate pair ("\\ud800"), and in no other way can one come here;
+    Python keeps it until someone encodes it.
+    """
+    if rb"\ud" in raw or rb"\uD" in raw:
+        json.dumps(value, ensure_ascii=False).encode()
 
 
 def impostor(start: bytes) -> str | None:

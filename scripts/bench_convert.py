@@ -60,6 +60,7 @@ def run_one(command: list[str], environment: dict[str, str]) -> tuple[float, flo
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
         env = {**os.environ, **environment}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # else both would compile their modules each time
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start

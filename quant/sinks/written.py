@@ -1,8 +1,9 @@
 """What a sink wrote, and the proof: every byte is read back from the disk and compared."""
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from quant.errors import OutputFailed
 from quant.gguf_file import TensorEntry
 from quant.tensors import TensorInfo
 
-READ_BACK_NBYTES = 8 << 20
+READ_BACK_NBYTES = 4 << 20
 
 Tick = Callable[[], None]
 """Called now and then while bytes are read; what it raises ends that."""
@@ -57,21 +58,26 @@ def hash_file(
     """
     whole, hashes, at = hashlib.sha256(), {}, 0
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as other_core:
+        behind: deque[Future] = deque()
+
+        def read(nbytes: int) -> bytes:
+            """The next bytes, at most so many; the other core is at most one block behind."""
+            block = file.read(nbytes)
+            behind.append(other_core.submit(whole.update, block))
+            if len(behind) > 1:
+                behind.popleft().result()
+            return block
+
         for info in tensors:
-            whole.update(file.read(info.offset - at))  # the header, or padding
+            read(info.offset - at)  # the header, or padding
             at, end, tensor_hash = info.offset, info.offset + info.nbytes, xxh3_128()
-            while at < end:
-                block = file.read(min(READ_BACK_NBYTES, end - at))
-                if not block:
-                    break
-                pending = other_core.submit(whole.update, block)
+            while at < end and (block := read(min(READ_BACK_NBYTES, end - at))):
                 tensor_hash.update(block)
-                pending.result()
                 at += len(block)
                 tick()
             hashes[info.name] = tensor_hash.hexdigest()
-        while block := file.read(READ_BACK_NBYTES):
-            whole.update(block)
+        while read(READ_BACK_NBYTES):
+            pass
     return hashes, whole.hexdigest()
 
 

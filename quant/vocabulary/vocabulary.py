@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from quant.errors import BadInput, UsageError
 from quant.gguf_file import Metadata, Value
+from quant.strict_files import without_garbage_collection
 from quant.vocabulary.added_tokens import note_lost_flags, place_added, read_added_tokens
 from quant.vocabulary.byte_level import is_byte_level, read_byte_level
 from quant.vocabulary.chat_templates import read_chat_templates
@@ -80,6 +81,7 @@ class Vocabulary:
         return {f"tokenizer.{key}": value for key, value in pairs.items()}
 
 
+@without_garbage_collection()
 def read_vocabulary(checkpoint, n_rows: int, pre_tokenizer: str | None = None) -> Vocabulary:
     """The vocabulary of a checkpoint whose embedding has `n_rows` rows.
 
@@ -120,24 +122,25 @@ def read_vocabulary(checkpoint, n_rows: int, pre_tokenizer: str | None = None) -
 def _rows(draft: Draft, n_rows: int) -> tuple[list[str], list[int]]:
     """(tokens, types), one for each row of the embedding; rows without a token are UNUSED."""
     _check_rows(draft, n_rows)
-    tokens = [f"[PAD{i}]" for i in range(n_rows)]
-    types = [UNUSED] * n_rows
+    tokens, types = [""] * n_rows, [UNUSED] * n_rows
     for text, token in draft.ids.items():
-        if text:  # the empty one is in no text; its row is an unused one
-            tokens[token], types[token] = text, draft.types[token]
-        if "\0" in text:
-            raise BadInput(
-                f"Token {token}, {quoted(text)}, holds a zero byte.",
-                "llama.cpp reads a token only as far as its first zero byte.",
-            )
-    for token in range(n_rows):  # no two texts may be the same: llama.cpp would abort
-        while types[token] == UNUSED and draft.ids.get(tokens[token], token) != token:
-            tokens[token] += "_"
+        tokens[token], types[token] = text, draft.types[token]
+    for token in [token for token, text in enumerate(tokens) if not text]:
+        types[token], text = UNUSED, f"[PAD{token}]"  # a piece of no letters is in no text either
+        while text in draft.ids:  # no two may be the same: llama.cpp would abort
+            text += "_"
+        tokens[token] = text
     return tokens, types
 
 
 def _check_rows(draft: Draft, n_rows: int) -> None:
-    """Raise BadInput if a token has no row, with the numbers of both."""
+    """Raise BadInput if a token has no row, with the numbers of both, or holds a zero byte."""
+    if "\0" in "".join(draft.ids):
+        text, token = next((text, token) for text, token in draft.ids.items() if "\0" in text)
+        raise BadInput(
+            f"Token {token}, {quoted(text)}, holds a zero byte.",
+            "llama.cpp reads a token only as far as its first zero byte.",
+        )
     beyond = sorted((token, text) for text, token in draft.ids.items() if token >= n_rows)
     if beyond:
         raise BadInput(
