@@ -202,8 +202,9 @@ class GgufFile:
     nbytes: int
 
     @classmethod
-    def open(cls, path: Path) -> "GgufFile":
-        """Read and check the header of `path`.
+    def open(cls, path: Path, texts: bool = True) -> "GgufFile":
+        """Read and check the header of `path`. texts: or leave lists of texts empty, whose 300,000
+        pieces take longer than all the rest.
 
         Mirrors llama.cpp's own checks (counts against the file's size, unique keys and names,
         dimensions, offsets in order and inside the file).
@@ -224,7 +225,7 @@ class GgufFile:
                     f"{printable(path)} is no GGUF file: it has only {status.st_size} bytes."
                 )
             with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
-                return _parse(path, data)
+                return _parse(_Cursor(path, data, texts))
         finally:
             os.close(descriptor)
 
@@ -232,8 +233,9 @@ class GgufFile:
 class _Cursor:
     """Reads the header front to back; every length is checked against what is left."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: Path, data: mmap.mmap, texts: bool):
         self.path, self.data, self.at, self.end = path, data, 0, len(data)
+        self._texts = texts  # whether lists of them are wanted
 
     def fail(self, why: str) -> BadInput:
         return BadInput(
@@ -279,20 +281,21 @@ class _Cursor:
 
     def _strings(self, n: int, key: str) -> list[str]:
         """`n` strings; a loop of its own, for vocabularies have 150,000 of them."""
-        data, end, at, found = self.data, self.end, self.at, []
+        data, last, at, ends = self.data, self.end - 8, self.at, []
         read_length = _LENGTH.unpack_from
         for _ in range(n):
-            if at + 8 > end:
+            if at > last:
                 break
-            start = at + 8
-            at = start + read_length(data, at)[0]
-            if at > end:
-                break
-            found.append(data[start:at].decode("utf-8", "surrogateescape"))
-        if len(found) < n:
-            raise self.fail(f"{key} claims {n} strings, but only {len(found)} are whole")
+            at += 8 + read_length(data, at)[0]
+            ends.append(at)
+        if len(ends) < n or at > self.end:
+            n_whole = sum(end <= self.end for end in ends)
+            raise self.fail(f"{key} claims {n} strings, but only {n_whole} are whole")
+        starts = [self.at, *ends]
         self.at = at
-        return found
+        if not self._texts:
+            return []
+        return [_decode(data[start + 8 : end]) for start, end in zip(starts, ends, strict=False)]
 
     def _type_name(self, number: int, key: str) -> str:
         if number not in _TYPE_NAMES:
@@ -328,9 +331,9 @@ def _decode(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def _parse(path: Path, data: mmap.mmap) -> GgufFile:
-    cursor = _Cursor(path, data)
-    magic = data[:4]
+def _parse(cursor: _Cursor) -> GgufFile:
+    path = cursor.path
+    magic = cursor.data[:4]
     if magic != MAGIC:
         raise BadInput(
             f"{printable(path)} is no GGUF file.",
@@ -352,7 +355,7 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
     alignment = _alignment(cursor, metadata)
     data_start = padded(cursor.at, alignment)
     tensors = _place(cursor, entries, data_start, alignment)
-    return GgufFile(path, metadata, tensors, alignment, data_start, len(data))
+    return GgufFile(path, metadata, tensors, alignment, data_start, cursor.end)
 
 
 def _parse_metadata(cursor: _Cursor, n_kv: int) -> Metadata:

@@ -118,6 +118,7 @@ def bench(args, model: Path, work: Path, type_name: str) -> dict:
     for i in range(args.repeats + 1):
         for name, command in commands.items():
             (work / f"{name}.gguf").unlink(missing_ok=True)
+            os.sync()  # what the other left to be written is not this one's to wait for
             result = run(command)
             if i:  # the first round fills caches and compiles
                 figures[name].append(result)

@@ -117,6 +117,16 @@ def test_round_trip(tmp_path):
         assert same(read.metadata[key], value), key
 
 
+def test_lists_of_texts_may_be_left_out(tmp_path):
+    path = write_file(tmp_path / "a.gguf")
+    whole, read = GgufFile.open(path), GgufFile.open(path, texts=False)
+    assert (read.tensors, read.data_start) == (whole.tensors, whole.data_start)
+    assert list(read.metadata) == list(METADATA)
+    for key, value in METADATA.items():
+        expected = Value("arr[str]", []) if value.type == "arr[str]" else value
+        assert same(read.metadata[key], expected), key
+
+
 scalars = st.one_of(
     st.integers(0, 2**32 - 1).map(lambda n: Value("u32", n)),
     st.integers(-(2**63), 2**63 - 1).map(lambda n: Value("i64", n)),
@@ -180,6 +190,15 @@ DAMAGED = {
         header(n_kv=1) + text(b"k") + struct.pack("<IIQ", 9, 8, 2**62) + bytes(64),
         "more than the file can hold",
     ),
+    "a long string": (
+        header(n_kv=1) + text(b"k") + struct.pack("<IIQ", 9, 8, 3) + text(b"a")
+        + struct.pack("<Q", 2**62) + bytes(64),
+        "claims 3 strings, but only 1 are whole",
+    ),
+    "no third string": (
+        header(n_kv=1) + text(b"k") + struct.pack("<IIQ", 9, 8, 3) + 2 * text(b"abcd"),
+        "claims 3 strings, but only 2 are whole",
+    ),
     "value type": (header(n_kv=1) + text(b"k") + struct.pack("<I", 77) + bytes(64), "type 77"),
     "nested array": (header(n_kv=1) + text(b"k") + struct.pack("<IIQ", 9, 9, 1) + bytes(64), "9"),
     "twice": (header(n_kv=2) + 2 * (text(b"k") + struct.pack("<IB", 0, 1)) + bytes(64), "twice"),
@@ -208,8 +227,9 @@ def test_damage_is_named(tmp_path, name):
     content, words = DAMAGED[name]
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
-    with pytest.raises(BadInput, match=words):
-        GgufFile.open(path)
+    for texts in (True, False):
+        with pytest.raises(BadInput, match=words):
+            GgufFile.open(path, texts)
 
 
 def test_tensor_twice(tmp_path):

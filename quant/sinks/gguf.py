@@ -194,7 +194,7 @@ def verify_written(
     the vocabulary's size is known since the plan, see metadata_checks.)
     """
     try:
-        again = GgufFile.open(path)
+        again = GgufFile.open(path, texts=False)  # the header is compared as bytes
     except BadInput as error:
         raise OutputFailed(f"{printable(written.path)} cannot be read back.", str(error)) from error
     with open(path, "rb") as file:
