@@ -8,7 +8,7 @@ import numpy as np
 
 from quant.checkpoint import Checkpoint
 from quant.display import printable
-from quant.errors import BadInput, InputMissing
+from quant.errors import BadInput, InputMissing, UsageError
 from quant.hub import download_command
 from quant.texts import Texts
 
@@ -66,9 +66,10 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
 
     Each begins with the BOS token where the tokenizer puts one before a text. When there is more
     text than asked for, the sequences are spread evenly over it, so that all its kinds are seen.
-    Raises BadInput if there is too little text for one sequence, or the model has no such context.
+    Raises BadInput if there is too little text for one sequence, or the model has no such context,
+    and UsageError if so few tokens are no sequence.
     """
-    check_context(checkpoint, seq_len)
+    check_sequences(checkpoint, n_tokens, seq_len)
     tokenizer = read_tokenizer(checkpoint.folder)
     start = _start_tokens(tokenizer)
     encoded = (
@@ -84,7 +85,7 @@ def cut_tokens(checkpoint: Checkpoint, texts: Texts, n_tokens: int, seq_len: int
             f"One sequence of {seq_len} is the least that can be used.",
             "Give a longer text, or a smaller --seq-len.",
         )
-    n_wanted = min(n_there, max(1, n_tokens // seq_len))
+    n_wanted = min(n_there, n_tokens // seq_len)
     chosen = np.arange(n_wanted) * n_there // n_wanted
     pieces = stream[: n_there * payload].reshape(n_there, payload)[chosen].astype(np.int64)
     starts = np.broadcast_to(np.asarray(start, np.int64), (n_wanted, len(start)))
@@ -97,13 +98,21 @@ def context_length(checkpoint: Checkpoint) -> float:
     return stated if type(stated) is int and stated > 0 else math.inf
 
 
-def check_context(checkpoint: Checkpoint, seq_len: int) -> None:
-    """Raise BadInput for sequences that are longer than the model's context."""
+def check_sequences(checkpoint: Checkpoint, n_tokens: int, seq_len: int) -> None:
+    """Raise BadInput for sequences that are longer than the model's context, UsageError for ones
+    that are longer than all tokens together.
+    """
     if seq_len > (longest := context_length(checkpoint)):
         raise BadInput(
             f"Sequences of {seq_len} tokens are too long for {printable(checkpoint.name)}.",
             f"Its config.json says max_position_embeddings {longest}.",
             f"Give --seq-len {longest}, or less.",
+        )
+    if n_tokens < seq_len:
+        raise UsageError(
+            f"--tokens {n_tokens} is less than one sequence of {seq_len}.",
+            "Text is cut into whole sequences.",
+            f"Give --seq-len {n_tokens} besides, or more tokens.",
         )
 
 

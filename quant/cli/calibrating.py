@@ -7,7 +7,7 @@ CHECKED_TOKENS, CHECKED_SEQ_LEN = 8192, 256
 
 
 def calibration_tokens(checkpoint, calibration: Path | None, n_tokens: int, seq_len: int):
-    """Tokens of the text that --calibration names, or of the built-in one. Raises BadInput."""
+    """Tokens of the text that --calibration names, or of the built-in one. Raises BadInput, UsageError."""
     from quant.calibration.tokens import cut_tokens
     from quant.texts import built_in_texts, read_texts
 
@@ -20,15 +20,15 @@ def planned_run(
     seq_len: int, device: str, saves: bool = False,
 ):  # fmt: skip
     """What running the model will take, a LayerwiseRun. saves: states are kept beside the output,
-    for a run that goes on. Raises BadInput, Unavailable."""
+    for a run that goes on. Raises BadInput, Unavailable, UsageError."""
     from quant.calibration.needs import LayerwiseRun, tokens_at_most
     from quant.texts import built_in_texts, read_texts
 
     if works:
         from quant.calibration.device import choose_device
-        from quant.calibration.tokens import check_context
+        from quant.calibration.tokens import check_sequences
 
-        check_context(checkpoint, seq_len)
+        check_sequences(checkpoint, n_tokens, seq_len)
         texts = built_in_texts() if calibration is None else read_texts(calibration)
         n_tokens, device = tokens_at_most(texts, n_tokens), choose_device(device)
     return LayerwiseRun(checkpoint, tuple(works), n_tokens, seq_len, device, output, nbytes, saves)

@@ -163,10 +163,10 @@ def calibration_options(seq_len: int, n_tokens: int):
                 click.option(
                     "--tokens",
                     "n_tokens",
-                    type=click.IntRange(min=1),
+                    type=click.IntRange(min=2),
                     default=n_tokens,
                     show_default=True,
-                    help="How many tokens of it, spread evenly over the text.",
+                    help="How many tokens of it, in whole sequences, spread evenly over the text.",
                 ),
                 click.option(
                     "--seq-len",

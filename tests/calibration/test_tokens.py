@@ -8,7 +8,7 @@ from quant.calibration.tokens import context_length, cut_tokens
 from quant.checkpoint import Checkpoint
 from quant.cli.calibrating import CHECKED_TOKENS, calibration_tokens, held_out_tokens
 from quant.cli.measuring import check_enough, run_measurement
-from quant.errors import BadInput
+from quant.errors import BadInput, UsageError
 from quant.formats.nf4 import Bnb4bit
 from quant.texts import built_in_texts, read_texts
 
@@ -23,6 +23,14 @@ def test_no_sequence_is_longer_than_the_models_context(tiny_qwq):
     assert "--seq-len 2048" in caught.value.next_step
 
 
+def test_less_than_one_sequence_is_not_rounded_up(tiny_qwq):
+    checkpoint = Checkpoint.open(tiny_qwq)
+    assert cut_tokens(checkpoint, built_in_texts(), 512, 512).n_tokens == 512
+    with pytest.raises(UsageError, match="--tokens 511 is less than one sequence of 512") as caught:
+        cut_tokens(checkpoint, built_in_texts(), 511, 512)
+    assert "--seq-len 511" in caught.value.next_step
+
+
 @pytest.mark.parametrize("stated", [None, "long", -1, True])
 def test_a_model_that_states_no_context_has_none(made_models, stated):
     checkpoint = Checkpoint.open(made_models("qwen2")[0])
@@ -30,7 +38,7 @@ def test_a_model_that_states_no_context_has_none(made_models, stated):
     assert cut_tokens(checkpoint, built_in_texts(), 1024, 1024).seq_len == 1024
 
 
-@pytest.mark.parametrize(("n_tokens", "seq_len"), [(1, 255), (128, 128), (255, 64)])
+@pytest.mark.parametrize(("n_tokens", "seq_len"), [(255, 255), (128, 128), (255, 64)])
 def test_too_few_tokens_to_measure_with(tiny_qwq, n_tokens, seq_len):
     checkpoint = Checkpoint.open(tiny_qwq)
     tokens = calibration_tokens(checkpoint, None, n_tokens, seq_len)
