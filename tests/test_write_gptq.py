@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from quant.calibration.streamed_model import StreamedModel
 from quant.calibration.tokens import Tokens, cut_tokens
 from quant.checkpoint import Checkpoint
 from quant.cli.gptq import command
+from quant.cli.plan_4bit import print_outcome
 from quant.errors import BadInput, CannotCreate
 from quant.formats.gptq import WHOLE_ROW, Gptq
 from quant.gptq_model import GptqPlan, plan_gptq
+from quant.report.choice import Result
 from quant.texts import built_in_texts, held_out_texts
 from quant.write_gptq import check_gptq, write_gptq
 
@@ -283,6 +286,16 @@ def test_the_command(tiny_qwq, tmp_path):
     assert "1024 tokens" in (out / "README.md").read_text().partition("Note: ")[2]
     again = run(tiny_qwq, "-o", out, "--tokens", 1024)
     assert isinstance(again.exception, CannotCreate)
+
+
+@pytest.mark.parametrize(("kld", "is_said"), [(0.037, True), (0.0238, False), (0.012, False)])
+def test_what_was_for_nothing_is_said(capsys, kld, is_said):
+    """Farther from the source than plain rounding, by more than the two standard errors."""
+    rows = [Result("source", 9, 100, 45.0, 3.0)]
+    rows += [Result("plain", 9, 100, 45.0, 3.0, 0.023, 0.0005, 0.8)]
+    rows += [Result("GPTQ", 9, 100, 45.0, 3.0, kld, 0.0005, 0.8)]
+    print_outcome(SimpleNamespace(damped={}, results=tuple(rows)))
+    assert ("lost more than plain rounding" in capsys.readouterr().out) == is_said
 
 
 def test_the_plan_alone(tiny_qwq, tmp_path):

@@ -1,6 +1,7 @@
 """A 4-bit plan and its outcome, as tables that fit 80 columns or as JSON."""
 
 import json
+import math
 from dataclasses import asdict
 
 import click
@@ -154,6 +155,17 @@ def print_outcome(written) -> None:
     if written.results:
         click.echo()
         print_results(written.results)
+        if _was_for_nothing(*written.results[-2:]):
+            print_note(
+                "This lost more than plain rounding did: the calibration text is too short for the "
+                "model, or unlike what it was checked on. Give more --tokens, or another "
+                "--calibration."
+            )
+
+
+def _was_for_nothing(plain, made) -> bool:
+    """Whether the outcome is farther from the source than plain rounding, beyond chance."""
+    return made.kld - plain.kld > 2 * math.hypot(made.kld_error, plain.kld_error)
 
 
 def print_results(results) -> None:
