@@ -7,7 +7,10 @@ CHECKED_TOKENS, CHECKED_SEQ_LEN = 8192, 256
 
 
 def calibration_tokens(checkpoint, calibration: Path | None, n_tokens: int, seq_len: int):
-    """Tokens of the text that --calibration names, or of the built-in one. Raises BadInput, UsageError."""
+    """Tokens of the text that --calibration names, or of the built-in one.
+
+    Raises BadInput, UsageError.
+    """
     from quant.calibration.tokens import cut_tokens
     from quant.texts import built_in_texts, read_texts
 
