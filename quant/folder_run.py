@@ -98,18 +98,18 @@ class FolderRun:
         any pass behind them. From here on the journal has begun.
         """
         pending, units = None, [] if self._begun else self.journal.units
-        n_units, sink, there = len(units), None, []
-        while sink is None:
-            n_units, places = self._usable(units[:n_units], n_alone)
+        while True:
+            n_units, places = self._usable(units, n_alone)
             there = [units[place] for place in places]
             if there and pending is None:
                 pending = self.journal.hold(PendingFolder(self.output, self.force, taken_up=True))
             sink = ShardedSink(temporary_path(self.output), planned)
             n_certain = sum(place < self.journal.n_on_disk for place in places)
             n_there = _take_up(sink, there, n_certain, self.journal.tick)
-            if n_there < len(there):
-                sink.keep()
-                n_units, sink = places[n_there], None
+            if n_there == len(there):
+                break
+            sink.keep()
+            units = units[: places[n_there]]  # its bytes are lost, and all that came after it
         self.journal.hold(sink)
         self._begin(n_units)
         if self.passes is None:  # else they know what is needed
