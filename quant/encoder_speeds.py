@@ -6,6 +6,7 @@ what another machine makes of them is for the caller to find out.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def kernels_of(format: Format, has_importance: bool) -> tuple[str, ...]:
     if own.startswith("legacy_kernels") and has_importance and format.name != "Q8_0":
         own += "_weighted"
     return (own, speed.refiner) if is_refined and speed.refiner else (own,)
+
+
+def kernels_to_compile(encoders: Iterable[tuple[Format, bool]]) -> set[str]:
+    """What has to be compiled before these can be used: (format, has importance)."""
+    kernels = {kernel for encoder in set(encoders) for kernel in kernels_of(*encoder)}
+    return {kernel for kernel in kernels if not is_compiled(kernel)}
 
 
 def is_compiled(kernel: str) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from quant.convert import WEIGHTS_AT_ONCE, worker_count
 from quant.durable import own_leftovers
-from quant.encoder_speeds import is_compiled, kernels_of, weights_per_second
+from quant.encoder_speeds import kernels_to_compile, weights_per_second
 from quant.estimates import (
     Estimate,
     core_speed,
@@ -14,9 +14,10 @@ from quant.estimates import (
     writing_seconds,
 )
 from quant.formats import FORMATS
+from quant.formats.format import Format
 from quant.gguf_file import metadata_nbytes_at_most, padded, split_paths
 from quant.journal import interrupted_job
-from quant.plan import TENSOR_ENTRY_NBYTES, Plan
+from quant.plan import TENSOR_ENTRY_NBYTES, Assignment, Plan
 from quant.preflight import SMALL_NBYTES, Needs, measure_needs
 from quant.sinks.gguf import files_of_job
 from quant.source import source_files
@@ -71,15 +72,10 @@ def gguf_estimate(job: Job, output: Path, planning: float) -> Estimate:
 
     Reading and encoding go on while what is ready is flushed to the disk.
     """
-    encoded = [a for a in job.plan.assignments if not a.is_copy and a.format.name != a.source.dtype]
     speed = core_speed()
-    work = [(a.source.n_weights, weights_per_second(a.format, _weighted(a))) for a in encoded]
-    missing = {
-        kernel
-        for a in encoded
-        for kernel in kernels_of(a.format, _weighted(a))
-        if not is_compiled(kernel)
-    }
+    encoders = [(a, encoder_of(a)) for a in job.plan.assignments]
+    work = [(a.source.n_weights, weights_per_second(*e)) for a, e in encoders if e]
+    missing = kernels_to_compile(e for _, e in encoders if e)
     sources = source_files(job.source)
     reading = reading_seconds(sources, sum(path.stat().st_size for path in sources))
     nbytes = job.plan.nbytes
@@ -89,5 +85,8 @@ def gguf_estimate(job: Job, output: Path, planning: float) -> Estimate:
     return Estimate(seconds, len(missing), len(missing) * COMPILING_SECONDS / speed)
 
 
-def _weighted(assignment) -> bool:
-    return assignment.importance is not None
+def encoder_of(assignment: Assignment) -> tuple[Format, bool] | None:
+    """(format, has importance) of what encodes a tensor; None if it is written as it is."""
+    if assignment.is_copy or assignment.format.name == assignment.source.dtype:
+        return None
+    return assignment.format, assignment.importance is not None

@@ -19,6 +19,7 @@ from quant.assembly import Assembly, Piece
 from quant.checkpoint import Checkpoint
 from quant.display import human_bytes, printable
 from quant.errors import BadInput, BadRecipe, InputMissing, UsageError
+from quant.formats import FORMATS
 from quant.formats.format import Format
 from quant.formats.refined import refined
 from quant.gguf_file import (
@@ -37,6 +38,7 @@ from quant.metadata import QUANTIZATION_VERSION, general_metadata
 from quant.metadata_checks import check_metadata
 from quant.mixtures import (
     MIXTURES,
+    NEEDS_IMPORTANCE,
     Choices,
     Mixture,
     Model,
@@ -50,7 +52,7 @@ from quant.plan import Assignment, Plan
 from quant.rope import rope_overrides, without_scaling
 from quant.sampling import PREFIX, sampling_from_generation_config
 from quant.source import Source
-from quant.target_size import Progress, Target, choose_formats
+from quant.target_size import LADDER, Progress, Target, choose_formats
 from quant.tensors import WEIGHT_DTYPES
 from quant.vocabulary import read_vocabulary
 from quant.vocabulary.pre_tokenizers import check_name
@@ -257,6 +259,14 @@ def _with_refined_encoders(
     if plain and wishes.target is None:
         notes.append(f"--refine has no longer search for {' and '.join(sorted(plain))}")
     return [replace(a, format=_refined(a.format)) for a in assignments], notes
+
+
+def target_encoders(wishes: Wishes) -> list[tuple[Format, bool]]:
+    """(format, has importance) of what a target size tries where rows fill blocks of 256."""
+    weighted = wishes.imatrix is not None
+    names = [name for name in LADDER[256] if weighted or name not in NEEDS_IMPORTANCE]
+    formats = [_refined(FORMATS[name]) if wishes.refine else FORMATS[name] for name in names]
+    return [(format, weighted) for format in formats]
 
 
 def _refined(format: Format) -> Format:

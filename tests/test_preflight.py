@@ -3,6 +3,7 @@ takes. Disks are real: file systems of a megabyte in memory, where the tests may
 
 import json
 import os
+import pty
 import subprocess
 import sys
 import tempfile
@@ -258,11 +259,19 @@ def test_a_first_run_is_told_of(tiny_qwq, tmp_path, monkeypatch):
         assert "Time:   " in planned
         return "first run compiles 1 encoder:" in planned
 
-    assert told()
-    words = [word.format(model=tiny_qwq, folder=tmp_path) for word in COMMANDS["to-gguf"]]
-    code = "from quant.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code, "to-gguf", *words], check=True, capture_output=True)
-    assert not told()
+    def seen() -> str:
+        """What a run shows on a terminal."""
+        words = [word.format(model=tiny_qwq, folder=tmp_path) for word in COMMANDS["to-gguf"]]
+        code = "from quant.cli import main; main()"
+        ours, its = pty.openpty()
+        command = [sys.executable, "-c", code, "to-gguf", *words, "--force"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=its)
+        os.close(its)
+        with open(ours, "rb", buffering=0) as terminal:
+            return terminal.read(1 << 16).decode()
+
+    assert told() and "Compiling encoders" in seen()
+    assert not told() and "Compiling encoders" not in seen()
     from quant import encoder_speeds
 
     monkeypatch.setattr(encoder_speeds, "sources_digest", lambda: "of other sources")

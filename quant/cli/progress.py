@@ -43,6 +43,12 @@ class Progress:
             self._show(now)
             self._next = now + (0.2 if self._tty else LINE_SECONDS)
 
+    def begin(self, text: str) -> None:
+        """Say on a terminal what takes its time before the first step."""
+        if self._tty:
+            self._shown = True
+            self.message(text)
+
     def message(self, text: str) -> None:
         """Say what is going on now, if anything was said before."""
         if self._shown:

@@ -201,9 +201,11 @@ def _target(bits_per_weight: float | None, file_nbytes: int | None):
 def _plan(mended, wishes, kept=None):
     """The job; a target size takes measuring, whose progress is shown, and its results kept."""
     from quant.cli.progress import Progress
-    from quant.to_gguf import plan_gguf
+    from quant.to_gguf import plan_gguf, target_encoders
 
     with Progress("Measuring tensors", total=1) as bar:
+        if wishes.target is not None:
+            _say_if_compiling(bar, target_encoders(wishes))
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -234,7 +236,7 @@ def _write(
     from quant.cli.plan_table import print_note
     from quant.cli.progress import BytesProgress
     from quant.display import printable
-    from quant.gguf_needs import gguf_needs
+    from quant.gguf_needs import encoder_of, gguf_needs
     from quant.write_gguf import output_path, result_summary, write_gguf
 
     path = output_path(job, output)
@@ -244,6 +246,7 @@ def _write(
     started = time.monotonic()
     nbytes, n_weights = job.plan.nbytes, job.plan.n_weights
     with BytesProgress("Writing", nbytes) as bar:
+        _say_if_compiling(bar, map(encoder_of, job.plan.assignments))
         result = write_gguf(
             job,
             path,
@@ -261,6 +264,17 @@ def _write(
         click.echo(json.dumps(result_summary(job, result), indent=1))
     else:
         _print_result(job, result, time.monotonic() - started)
+
+
+def _say_if_compiling(bar, encoders) -> None:
+    """The first run of an encoder compiles it, and nothing moves meanwhile.
+
+    encoders: (format, has importance), or None for a tensor that is written as it is.
+    """
+    from quant.encoder_speeds import kernels_to_compile
+
+    if kernels_to_compile(encoder for encoder in encoders if encoder):
+        bar.begin("Compiling encoders for this processor, the first time only")
 
 
 def _print_result(job, result, seconds: float) -> None:
