@@ -119,7 +119,8 @@ def _check_values(path: Path, name: str, values: np.ndarray) -> None:
         faults = {
             "NaN": np.isnan(values),
             "negative": values < 0,
-            f"more than {MAX_IMPORTANCE:g}": values > MAX_IMPORTANCE,
+            "infinite": values == np.inf,
+            f"more than {MAX_IMPORTANCE:g}": (values > MAX_IMPORTANCE) & (values < np.inf),
         }
     counts = {what: int(np.count_nonzero(wrong)) for what, wrong in faults.items()}
     if any(counts.values()):
@@ -423,8 +424,9 @@ def match_importance(
         raise BadRecipe(
             f"{where} lacks {len(lacking)} of the {len(needed)} tensors that need it.",
             f"{_some(lacking)}: their formats are so small that the result would be garbage.",
-            "No matrix has the output layer's importance; give it a larger format (--output-type)."
-            if lacking == [OUTPUT]
+            "Matrices leave out output layer and embedding; give those larger formats "
+            "(--output-type, --embedding-type)."
+            if {*lacking} <= {OUTPUT, "token_embd.weight"}
             else "Take another matrix, or give them a larger format with --tensor-type.",
         )
     notes = [*_notes_on_layers(matrix, shapes), *_notes_on_tokens(matrix, found)]

@@ -139,6 +139,9 @@ def _layers(group: list[Assignment]) -> tuple[int, ...]:
 TENSOR_ENTRY_NBYTES = 128
 """A tensor's entry in the header, at most."""
 
+PART_NBYTES = 256
+"""What a part of a split file holds besides tensors and their entries, at most: the split keys."""
+
 
 def _split(plan: Plan) -> tuple[tuple[Assignment, ...], ...]:
     """Consecutive groups that fit the largest file; a larger tensor gets a file of its own."""
@@ -149,7 +152,7 @@ def _split(plan: Plan) -> tuple[tuple[Assignment, ...], ...]:
         limit = plan.max_file_nbytes
         if limit is not None and files[-1] and size + nbytes > limit:
             files.append([])
-            size = 256  # the split keys
+            size = PART_NBYTES
         files[-1].append(a)
         size += nbytes
     return tuple(map(tuple, files))

@@ -87,8 +87,12 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     if len(result) < len(pairs):
         seen = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"The key {twice!r} is there twice")
+        raise _KeyTwice(f"The key {twice!r} is there twice")
     return result
+
+
+class _KeyTwice(ValueError):
+    """In one object of a JSON text."""
 
 
 def parse_json(raw: bytes, path: Path, part: str = "") -> dict:
@@ -108,8 +112,12 @@ def parse_json(raw: bytes, path: Path, part: str = "") -> dict:
         reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except RecursionError:
         reason = f"It is nested more than {MAX_DEPTH} levels deep"
-    except ValueError as error:  # a duplicate key, a number of over 4300 digits, half a character
+    except UnicodeEncodeError:
+        reason = "It holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+    except _KeyTwice as error:
         reason = str(error)
+    except ValueError:
+        reason = "It holds a number of more than 4300 digits"
     else:
         if isinstance(value, dict):
             return value

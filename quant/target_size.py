@@ -100,15 +100,18 @@ the formats of 32 are beaten by one of their size. 16 bits stand at the end of e
 
 def ladder(assignment: Assignment) -> list[Format]:
     """The formats that this tensor can have, smallest first; the last one is taken to be exact."""
-    source = assignment.source
-    block = next(n for n in LADDER if source.n_columns % n == 0)
     names = [
         name
-        for name in LADDER[block]
+        for name in LADDER[_block_of(assignment)]
         if assignment.importance is not None or name not in NEEDS_IMPORTANCE
     ]
-    exact = "F16" if source.dtype == "F16" else "BF16"
+    exact = "F16" if assignment.source.dtype == "F16" else "BF16"
     return [FORMATS[name] for name in (*names, exact)]
+
+
+def _block_of(assignment: Assignment) -> int:
+    """Which of the ladders: the widest blocks that its rows fill."""
+    return next(n for n in LADDER if assignment.source.n_columns % n == 0)
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -349,13 +352,14 @@ def choose_formats(
     fixed = sum(padded(a.nbytes, plan.alignment) for a in plan.assignments if a.name not in free)
     budget = target.tensor_nbytes(plan, header_nbytes)
     sizes = [[_nbytes(plan, a, format) for format in ladders[a.name]] for a in tensors]
-    _check_reach(plan, target, header_nbytes, fixed, sizes)
+    _check_choice(tensors)
+    _check_reach(plan, target, header_nbytes, fixed, sizes, tensors)
     measured = _measure_all(plan.assignments, ladders, progress, kept)
     weights = damage_weights(plan.assignments, measured, n_experts_used)
     levels = [_levels(plan, a, ladders[a.name], measured[a.name]) for a in tensors]
     sizes = [[level.nbytes for level in some] for some in levels]
     # Again, for some formats may not be able to hold their tensor.
-    _check_reach(plan, target, header_nbytes, fixed, sizes)
+    _check_reach(plan, target, header_nbytes, fixed, sizes, tensors)
     damage = [
         [weights[a.name] * level.error for level in some]
         for a, some in zip(tensors, levels, strict=True)
@@ -374,26 +378,46 @@ def _nbytes(plan: Plan, assignment: Assignment, format: Format) -> int:
     return padded(format.nbytes(assignment.source.shape), plan.alignment)
 
 
+def _check_choice(tensors: list[Assignment]) -> None:
+    """Raise BadRecipe if there is none."""
+    if not tensors:
+        raise BadRecipe(
+            "A target size has nothing to choose here.",
+            "Every tensor has its format already: by --tensor-type, --output-type and "
+            "--embedding-type, or because it is never quantized.",
+            "Leave the target out, or name formats for fewer tensors.",
+        )
+
+
 def _check_reach(
-    plan: Plan, target: Target, header_nbytes: int, fixed: int, sizes: list[list[int]]
+    plan: Plan,
+    target: Target,
+    header_nbytes: int,
+    fixed: int,
+    sizes: list[list[int]],
+    tensors: list[Assignment],
 ) -> None:
-    """Raise BadRecipe unless the target lies between the smallest and the largest choice."""
+    """Raise BadRecipe unless the target lies between the smallest and the largest choice.
+
+    sizes: of every format that each of `tensors` may get; fixed: bytes of all others.
+    """
     budget = target.tensor_nbytes(plan, header_nbytes)
     least, most = (fixed + sum(map(pick, sizes)) for pick in (min, max))
     if budget < least:
-        with_importance = any(a.importance is not None for a in plan.assignments)
+        is_first = all(a.importance is None for a in plan.assignments)
+        would_help = is_first and any(_block_of(a) == 256 for a in tensors)
         raise BadRecipe(
             f"A target of {target} is too small for this model.",
             "With every tensor in the smallest format it may have, it takes "
             f"{target.limit(least, plan, header_nbytes, ceil)}.",
-            "Ask for that or more."
-            if with_importance
-            else "Ask for that or more; --imatrix FILE allows smaller formats.",
+            "Ask for that or more; --imatrix FILE allows smaller formats."
+            if would_help
+            else "Ask for that or more.",
         )
     if budget > most:
         raise BadRecipe(
             f"A target of {target} is more than this model takes: there is nothing to choose.",
-            "With every tensor in its largest format, 16 bits, it takes "
+            "With every tensor that is left to choose in 16 bits, it takes "
             f"{target.limit(most, plan, header_nbytes, floor)}.",
             "Ask for less, or for --type BF16.",
         )
@@ -470,25 +494,23 @@ def _assign(
 def _verdict(target: Target, solution: Solution) -> str:
     """How near the choice is to the best one."""
     found = f"Target {target}: estimated damage {solution.damage:.3g}"
-    if solution.bound >= solution.damage:
+    if solution.damage <= max(solution.bound, 0):
         return f"{found}, the least possible."
     proof = "the best choice" if solution.exact else "a good choice, not proven to be the best"
+    over = solution.damage / solution.bound - 1 if solution.bound > 0 else 1.0
+    above = f"{100 * over:.2g} % above" if over < 1 else f"{max(solution.bound, 0):.2g} is"
     return (
-        f"{found}, {proof}; {_above(solution)} the bound that could be met if formats could "
-        "change within a tensor."
+        f"{found}, {proof}; {above} the bound that could be met if formats could change within a "
+        "tensor."
     )
-
-
-def _above(solution: Solution) -> str:
-    ratio = solution.damage / solution.bound if solution.bound > 0 else float("inf")
-    return f"{100 * (ratio - 1):.2g} % above" if ratio < 2 else f"{ratio:.3g} times"
 
 
 def _sampling(measured: dict[str, Measured]) -> list[str]:
     sampled = [m.standard_error for m in measured.values() if m.standard_error]
     if not sampled:
         return []
+    whose = "1 tensor" if len(sampled) == 1 else f"{len(sampled)} tensors"
     return [
-        f"The errors of {len(sampled)} large tensors are estimates from a sample of their rows, "
+        f"The errors of {whose} are estimates from a sample of rows, "
         f"{100 * max(sampled):.1g} % off at most (one standard error)."
     ]

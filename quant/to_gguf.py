@@ -5,6 +5,7 @@ that, except where a target size is to be met: then weights are encoded to measu
 """
 
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ from quant.mixtures import (
     needs_importance,
 )
 from quant.overrides import apply_overrides, shorthand_overrides
-from quant.plan import Assignment, Plan
+from quant.plan import PART_NBYTES, Assignment, Plan
 from quant.rope import rope_overrides, without_scaling
 from quant.sampling import PREFIX, sampling_from_generation_config
 from quant.source import Source
@@ -150,7 +151,7 @@ def _meet_target(job: Job, wishes: Wishes, measuring: Progress, kept: MeasuredEr
         job.plan,
         left_open(tensors, wishes.choices),
         wishes.target,
-        header_nbytes=_header_nbytes(job),
+        header_nbytes=_header_nbytes(job, wishes.target),
         n_experts_used=used.data if used is not None and used.type == "u32" and used.data else 1,
         encoder=_refined if wishes.refine else lambda format: format,
         progress=measuring,
@@ -168,14 +169,19 @@ def _meet_target(job: Job, wishes: Wishes, measuring: Progress, kept: MeasuredEr
     )
 
 
-def _header_nbytes(job: Job) -> int:
+def _header_nbytes(job: Job, target: Target) -> int:
     """Bytes of the file before its tensors, exactly: formats are numbers of a fixed size.
 
-    Of a file that is split, the first part's; the others add some hundred bytes each.
+    At most, if it is to be split: two parts that follow each other hold more than one part may.
     """
-    entries = [TensorEntry(a.name, a.source.shape, "F32", 0) for a in job.plan.assignments]
+    plan = job.plan
+    entries = [TensorEntry(a.name, a.source.shape, "F32", 0) for a in plan.assignments]
     encoded = encode_metadata(job.metadata)
-    return len(encode_header(encoded, len(job.metadata), entries, job.plan.alignment))
+    nbytes = len(encode_header(encoded, len(job.metadata), entries, plan.alignment))
+    if plan.max_file_nbytes is None or target.file_nbytes is None:
+        return nbytes
+    n_parts = min(len(entries), 1 + 2 * ceil(target.file_nbytes / plan.max_file_nbytes))
+    return nbytes + n_parts * PART_NBYTES
 
 
 def _plan_checkpoint(checkpoint: Checkpoint, wishes: Wishes) -> Job:
@@ -217,12 +223,13 @@ def _assign(
     notes = []
     if wishes.refine:
         assignments, notes = _with_refined_encoders(assignments, wishes)
-    needed = {a.name for a in assignments if needs_importance(a, mixture)}
+    needed = {a.name: a.format.name for a in assignments if needs_importance(a, mixture)}
     if matrix is None:
         if needed:
+            formats = " and ".join(sorted(set(needed.values())))
             raise BadRecipe(
-                f"{wishes.type_name or 'A --tensor-type'} needs an importance matrix for "
-                f"{len(needed)} tensors, such as {printable(min(needed))}.",
+                f"{formats} needs an importance matrix, and {len(needed)} of {len(assignments)} "
+                f"tensors get it, such as {printable(min(needed))}.",
                 "Without knowing which weights matter, so few bits leave nothing of the model.",
                 "Give one with --imatrix FILE (qwq-quant imatrix MODEL -o FILE makes them), or "
                 "choose a larger type.",
@@ -234,7 +241,7 @@ def _assign(
         for a in assignments
         if a.format.block_size > 1 or a.name in undecided
     }
-    values, of_matrix = match_importance(matrix, shapes, needed)
+    values, of_matrix = match_importance(matrix, shapes, set(needed))
     assignments = [replace(a, importance=values.get(a.name)) for a in assignments]
     return assignments, importance_metadata(matrix), [*notes, *of_matrix]
 

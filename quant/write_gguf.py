@@ -33,6 +33,16 @@ class Result:
     files: tuple[WrittenFile, ...]
     changes: tuple[Change, ...] = ()
 
+    @property
+    def tensor_nbytes(self) -> int:
+        """Of all tensors as they were written, padding not counted."""
+        entries = (tensor.entry for file in self.files for tensor in file.tensors)
+        return sum(tensor_nbytes(entry.type, entry.shape) for entry in entries)
+
+    def bits_per_weight(self, job: Job) -> float:
+        """What the plan said, unless weights would have it otherwise."""
+        return 8 * self.tensor_nbytes / job.plan.n_weights
+
 
 def output_path(job: Job, output: Path) -> Path:
     """The file to write: `output` itself, or a file named after model and type in that folder.
@@ -257,7 +267,7 @@ def result_summary(job: Job, result: Result) -> dict:
     """What was written, for the manifest and `--format json`."""
     return {
         "type": job.type_name,
-        "bits_per_weight": round(job.plan.bits_per_weight, 4),
+        "bits_per_weight": round(result.bits_per_weight(job), 4),
         "files": [
             {"name": file.path.name, "nbytes": file.nbytes, "sha256": file.sha256}
             for file in result.files

@@ -149,7 +149,8 @@ def test_the_token_is_written_nowhere(form, tiny_qwq, tmp_path):
 
 def test_closed_and_full_streams(tiny_qwq, tmp_path):
     command = f"{sys.executable} -c '{RUN}' to-gguf {tiny_qwq} -o {tmp_path} --force"
-    for tail, code in ((">&-", 0), ("2>&-", 0), ("--dry-run >/dev/full", 74)):
+    cases = ((">&-", 0), ("2>&-", 0), ("--dry-run >/dev/full", 74), ("--type X 2>/dev/full", 2))
+    for tail, code in cases:
         done = subprocess.run(["bash", "-c", f"{command} {tail}"], capture_output=True, text=True)
         assert done.returncode == code, (tail, done.stderr)
 

@@ -63,3 +63,5 @@ def test_the_example_is_what_the_program_prints(tmp_path):
     kept = [line.strip() for line in printed if not line.startswith(("Disk:", "Memory:", "Time:"))]
     assert len(kept) > 18
     assert [line for line in kept if line and line not in shown] == []
+    written = CliRunner().invoke(cli, args[:-1]).stdout.partition("sha256")[2].split()[0]
+    assert f"tiny-qwq-Q4_K_M.gguf  4.4 MB  sha256 {written}" in README

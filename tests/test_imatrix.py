@@ -98,7 +98,9 @@ def test_command_and_what_it_is_good_for(tiny_qwq, tmp_path):
 def test_bad_calibration_text(tiny_qwq, tmp_path, content, message):
     text = tmp_path / "text.txt"
     text.write_bytes(content)
-    result = run("imatrix", tiny_qwq, "-o", tmp_path / "m.gguf", "--calibration", text)
+    for more in ((), ("--dry-run",)):
+        result = run("imatrix", tiny_qwq, "-o", tmp_path / "m.gguf", "--calibration", text, *more)
+        assert result.exit_code == 65, more
     assert result.exit_code == 65 and message in result.output
     assert not (tmp_path / "m.gguf").exists()
 

@@ -3,12 +3,15 @@
 import itertools
 import json
 import re
+import shlex
+import shutil
 
 import gguf
 import llama_oracle
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from quant.assembly import Assembly, Piece
 from quant.cli import cli
@@ -132,6 +135,33 @@ def test_files_of_every_kind_of_model_are_as_large_as_asked_and_load(name, made_
     assert len({a.format.name for a in narrow} & set(LADDER[32])) > 1
 
 
+def test_all_parts_of_a_split_file_together_are_as_large_as_asked(tiny_qwq, tmp_path):
+    job = plan(tiny_qwq, nbytes=4_000_000, max_file_nbytes=100_000)
+    result = write_gguf(job, tmp_path / "m.gguf")
+    assert len(result.files) > 30
+    assert 3_960_000 < sum(file.path.stat().st_size for file in result.files) <= 4_000_000
+
+
+def test_what_cannot_be_as_small_as_planned_is_told_with_what_to_do(tiny_qwq, tmp_path):
+    """A NaN in a row that is kept in 16 bits: the true size, and the option that makes room."""
+    model, output = tmp_path / "nan", tmp_path / "m.gguf"
+    shutil.copytree(tiny_qwq, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][5, 3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    args = ["to-gguf", model, "-o", output, "--target-bpw", "5.6", "--nan-policy", "keep-16bit"]
+    first = run(*args, "--format", "json")
+    true = 8 * sum(t.nbytes for t in open_gguf(output).tensors.values()) / 6.82e6
+    assert json.loads(first.stdout)["bits_per_weight"] == pytest.approx(true, rel=1e-3)
+    assert true > 6 and "over the target" in first.stderr
+    (option,) = shlex.split(first.stderr.splitlines()[-1])
+    assert option == r"--tensor-type=^output\.weight$=BF16"
+    again = run(*args, option, "--force")
+    assert "over the target" not in again.stderr
+    said = re.search(r"([\d.]+) bits per weight", again.stdout)
+    assert 5.5 < float(said[1]) <= 5.6
+
+
 def test_what_the_user_fixed_is_counted_in_the_budget(tiny_qwq):
     fixed = Choices(output_type="Q8_0", embedding_type="Q6_K", tensor_types=((r"attn_v", "F16"),))
     job = plan(tiny_qwq, bits=5.5, choices=fixed)
@@ -185,6 +215,31 @@ def test_ladders_by_row_length():
     for rungs in LADDER.values():
         bits = [FORMATS[name].bits_per_weight for name in rungs]
         assert bits == sorted(bits)
+
+
+def test_nothing_left_to_choose(tiny_qwq):
+    with pytest.raises(BadRecipe, match="nothing to choose"):
+        plan(tiny_qwq, bits=5, choices=Choices(tensor_types=((r".", "Q4_K"),)))
+
+
+@pytest.mark.parametrize(("name", "is_advised"), [("tiny", True), ("qwen2", False)])
+def test_a_matrix_is_advised_only_where_it_helps(name, is_advised, tiny_qwq, made_models):
+    """Rows of 96 and 128 have no formats that need one."""
+    model = tiny_qwq if name == "tiny" else made_models(name)[0]
+    with pytest.raises(BadRecipe, match="too small") as caught:
+        plan(model, bits=1.2)
+    assert ("--imatrix" in caught.value.next_step) == is_advised
+
+
+def test_the_verdict_near_16_bits(tiny_qwq, tmp_path):
+    """All in 16 bits is no damage; a little less, and the bound is near 0: no ratio is said."""
+    (file,) = write_gguf(
+        plan_gguf(open_source(str(tiny_qwq)), Wishes("BF16")), tmp_path / "bf16.gguf"
+    ).files
+    for less, words in ((0, "damage 0, the least possible"), (2000, "is the bound")):
+        notes = plan(tiny_qwq, nbytes=file.nbytes - less).notes
+        (note,) = [n for n in notes if n.startswith("Target")]
+        assert words in note and "inf" not in note, note
 
 
 # --- the file says what it is -----------------------------------------------------------------
@@ -244,7 +299,7 @@ def test_the_plan_gives_reasons_and_fits_80_columns(tiny_qwq, tmp_path):
 def test_layers_are_folded_to_ranges():
     from quant.cli.plan_table import _ranges
 
-    assert _ranges((5, 0, 1, 2, 9, 8)) == "0-2 5 8-9"
+    assert _ranges((5, 0, 1, 2, 9, 8)) == "0-2, 5, 8-9"
     assert _ranges((3,)) == "3"
 
 

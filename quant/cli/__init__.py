@@ -129,7 +129,10 @@ def _catch_ending_signals() -> None:
 
 
 def _exit_code(run) -> int:
-    """Call `run`; its exit code. Errors are printed, or raised again under --debug."""
+    """Call `run`; its exit code. Errors are printed, or raised again under --debug.
+
+    Where stderr cannot be written either, the code still says what it was.
+    """
     try:
         result = run()
         sys.stdout.flush()
@@ -137,7 +140,8 @@ def _exit_code(run) -> int:
     except click.exceptions.Exit as request:
         return request.exit_code
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("Interrupted. Nothing was left half-written.", err=True)
@@ -149,7 +153,8 @@ def _exit_code(run) -> int:
         if "--debug" in sys.argv[1:]:
             raise
         message, code = _explain(error)
-        click.echo(message if code == SAFELY_STOPPED else f"Error: {message}", err=True)
+        with contextlib.suppress(OSError):
+            click.echo(message if code == SAFELY_STOPPED else f"Error: {message}", err=True)
         return code
 
 

@@ -29,11 +29,14 @@ def planned_run(
 
     if works:
         from quant.calibration.device import choose_device
-        from quant.calibration.tokens import check_sequences
+        from quant.calibration.tokens import check_sequences, cut_tokens
 
         check_sequences(checkpoint, n_tokens, seq_len)
         texts = built_in_texts() if calibration is None else read_texts(calibration)
-        n_tokens, device = tokens_at_most(texts, n_tokens), choose_device(device)
+        device, short = choose_device(device), 2 * seq_len
+        if tokens_at_most(texts, short) < short:  # it may not even be one sequence
+            n_tokens = cut_tokens(checkpoint, texts, n_tokens, seq_len).n_tokens
+        n_tokens = max(1, tokens_at_most(texts, n_tokens) // seq_len) * seq_len
     return LayerwiseRun(checkpoint, tuple(works), n_tokens, seq_len, device, output, nbytes, saves)
 
 

@@ -26,8 +26,8 @@ def command(
     """Compute the importance matrix of MODEL, for to-gguf --imatrix and llama-quantize.
 
     Runs the checkpoint over a text, one decoder layer in memory at a time, and needs no 16-bit GGUF
-    file first. The file is what llama-imatrix writes. After an interruption, the same command goes
-    on.
+    file first. The file is of llama-imatrix's format, without routers: they are never quantized.
+    After an interruption, the same command goes on.
 
     \b
     Example:

@@ -78,14 +78,14 @@ def _layers(classes) -> list[list[str]]:
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """0 1 2 5 -> "0-2 5"."""
+    """0 1 2 5 -> "0-2, 5"."""
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and n == runs[-1][-1] + 1:
             runs[-1].append(n)
         else:
             runs.append([n])
-    return " ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def print_note(text: str, err: bool = False) -> None:

@@ -1,6 +1,8 @@
 """qwq-quant to-gguf: a checkpoint or a GGUF file to a GGUF file."""
 
 import json
+import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +262,7 @@ def _write(
         )
     for change in result.changes:
         print_note(f"{printable(change.name)}: {change.why}.", err=True)
+    _print_over_target(job, result)
     if output_format == "json":
         click.echo(json.dumps(result_summary(job, result), indent=1))
     else:
@@ -277,13 +280,29 @@ def _say_if_compiling(bar, encoders) -> None:
         bar.begin("Compiling encoders for this processor, the first time only")
 
 
+def _print_over_target(job, result) -> None:
+    """What to do about tensors that took more than a target size gave them."""
+    from quant.cli.plan_table import print_note
+    from quant.display import human_bytes
+
+    planned = {a.name: a.format.name for a in job.plan.assignments}
+    wider = [change for change in result.changes if planned[change.name] != change.format]
+    if not wider or all(a.error is None for a in job.plan.assignments):
+        return
+    over = human_bytes(result.tensor_nbytes - job.plan.nbytes)
+    print_note(f"That is {over} over the target. With these, the other tensors make room:", True)
+    for change in wider:
+        option = f"--tensor-type=^{re.escape(change.name)}$={change.format}"
+        click.echo(f"          {shlex.quote(option)}", err=True)
+
+
 def _print_result(job, result, seconds: float) -> None:
     from quant.display import human_bytes, printable
 
     for file in result.files:
         click.echo(f"{printable(file.path)}  {human_bytes(file.nbytes)}  sha256 {file.sha256[:16]}")
-    plan = job.plan
+    plan, bits = job.plan, result.bits_per_weight(job)
     click.echo(
         f"{len(plan.assignments)} tensors, {plan.n_weights / 1e6:.1f} million weights, "
-        f"{plan.bits_per_weight:.2f} bits per weight; written and verified in {seconds:.1f} s."
+        f"{bits:.2f} bits per weight; written and verified in {seconds:.1f} s."
     )

@@ -69,8 +69,9 @@ def hash_file(
             return block
 
         for info in tensors:
-            read(info.offset - at)  # the header, or padding
-            at, end, tensor_hash = info.offset, info.offset + info.nbytes, xxh3_128()
+            while at < info.offset and (block := read(info.offset - at)):
+                at += len(block)  # the header, or padding
+            end, tensor_hash = info.offset + info.nbytes, xxh3_128()
             while at < end and (block := read(min(READ_BACK_NBYTES, end - at))):
                 tensor_hash.update(block)
                 at += len(block)
