@@ -144,7 +144,8 @@ def supports(a: torch.Tensor, kv: QuantizedKV, mask: torch.Tensor | None) -> str
     if not head_size == kv.k.shape[-1] == v_size:
         return f"head sizes {head_size} (queries), {kv.k.shape[-1]} (keys), {v_size} (values)"
     if not MIN_HEAD_SIZE[kv.value_bits] <= head_size <= MAX_HEAD_SIZE:
-        return f"head size {head_size} with values in {kv.value_bits} bits"
+        possible = f"{MIN_HEAD_SIZE[kv.value_bits]} to {MAX_HEAD_SIZE} are possible"
+        return f"head size {head_size} with values in {kv.value_bits} bits; {possible}"
     if batch != kv.k.shape[0] or n_heads % kv.k.shape[1]:
         return f"{batch} x {n_heads} query heads over {kv.k.shape[0]} x {kv.k.shape[1]}"
     if not all(x.is_contiguous() for x in kv.buffers):

@@ -12,14 +12,18 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Qwen2Config,
+    Qwen2ForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flash_attention_mask
 
-from quant.errors import Unavailable, UsageError
+from quant.errors import Unavailable
 from quant.kv_cache import Int8Cache, attention, enable_int8_attention
+from quant.kv_cache import cache as cache_module
 
 PAD = 4091
 
@@ -186,7 +190,7 @@ def test_flash_attention_serves_the_prompt(model, tokens, calls):
 
 def test_what_it_cannot_goes_to_the_models_own(model, tokens, calls, monkeypatch):
     """A window on a full layer, 4-bit values of few channels, gradients: one warning each."""
-    attention._warned.clear()
+    cache_module._warned.clear()
     enable_int8_attention(model)
     module = model.model.layers[0].self_attn
     cache = Int8Cache(model.config)
@@ -228,15 +232,76 @@ def test_a_models_own_mask_of_numbers_is_honoured(model, tokens, calls):
     assert ours < 1e-4 < other
 
 
-def test_keys_in_int8_are_not_keys(model, tokens):
-    """A model that does not read the cache gets an error, not other numbers."""
+def test_a_model_that_computes_with_cached_keys_gets_them(model, tokens):
+    """As one that does not read int8 does, given the cache of one that does."""
+    cache_module._warned.clear()
     config = copy.deepcopy(model.config)
     config._attn_implementation = "int8_kv_sdpa"
-    cache = Int8Cache(config)  # of a model that reads int8; `model` does not
-    with torch.no_grad():
-        model(tokens[:, :30], past_key_values=cache)
-        with pytest.raises(UsageError, match="without reading the cache"):
-            model(tokens[:, 30:31], past_key_values=cache)
+    followed, cache = Int8Cache(model.config), Int8Cache(config)
+    expected = logits_of(model, tokens, followed, (30, 1))
+    with pytest.warns(UserWarning, match="on keys or values after it has cached them"):
+        logits = logits_of(model, tokens, cache, (30, 1))
+    assert torch.equal(logits, expected)
+
+
+def test_keys_that_are_widened_behind_the_cache():
+    """DeepSeek's latent attention, with and without int8 attention: the same to the bit."""
+    cache_module._warned.clear()
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+        kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).eval()
+    tokens = torch.randint(0, 96, (1, 40))
+    expected = logits_of(model, tokens, Int8Cache(config), (30, 1, 4))
+    enable_int8_attention(model)
+    cache = Int8Cache(model.config)
+    with pytest.warns(UserWarning, match="int8 attention is not used"):
+        logits = logits_of(model, tokens, cache, (30, 1, 4))
+    assert torch.equal(logits, expected)
+    assert [layer.get_seq_length() for layer in cache.layers] == [35, 35, 35]
+
+
+@pytest.mark.parametrize("how", ["mT", "data", "real"])
+def test_a_property_that_shows_contents_is_no_fact(how):
+    new = torch.randn(1, 2, 1, 64)
+    layer = Int8Cache(Qwen2Config(head_dim=64)).layers[0]
+    layer.update(new.expand(-1, -1, 5, -1), new.expand(-1, -1, 5, -1))
+    layer._config.attention = lambda: "int8_kv_sdpa"
+    key, value = layer.update(new, new)
+    assert type(key) is type(value) is cache_module.Placeholder
+    shown = getattr(key, how)
+    assert torch.equal(shown.mT if how == "mT" else shown, key.exact())
+    assert torch.equal(value + 0, value.exact())
+
+
+def test_a_cache_of_an_equal_config_object_says_why_it_is_slow(model, tokens, calls):
+    cache_module._warned.clear()
+    config = copy.deepcopy(model.config)
+    enable_int8_attention(model)
+    with pytest.warns(UserWarning, match="follows another config object"):
+        logits_of(model, tokens, Int8Cache(config), (30, 1))
+    assert calls == []
+
+
+def test_a_model_with_heads_of_16_channels():
+    """Too narrow for the kernel: the model's own attention, and a word about it."""
+    cache_module._warned.clear()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    tokens = torch.randint(0, 96, (1, 40))
+    expected = logits_of(model, tokens, Int8Cache(config), (30, 1))
+    enable_int8_attention(model)
+    with pytest.warns(UserWarning, match="head size 16 with values in 8 bits; 32 to 256 are"):
+        logits = logits_of(model, tokens, Int8Cache(model.config), (30, 1))
+    assert torch.equal(logits, expected)
 
 
 def test_step_by_step_as_in_generate(model, tokens, calls):

@@ -10,7 +10,6 @@ mathematics in plain torch.
 """
 
 import sys
-import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -22,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quant.display import printable
 from quant.errors import Unavailable
-from quant.kv_cache.cache import INT8_ATTENTION, Placeholder
+from quant.kv_cache.cache import INT8_ATTENTION, Placeholder, warn_once
 
 _HARMLESS = {
     "cache_position", "is_causal", "num_items_in_batch", "output_hidden_states",
@@ -88,9 +87,9 @@ class MaskFunction:
 
 
 def _as_numbers(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Booleans as what is added to logits: 0, or -infinity."""
+    """What is added to logits, in float32: for booleans 0, or -infinity."""
     if mask is None or mask.is_floating_point():
-        return mask
+        return None if mask is None else mask.float()
     return torch.where(mask.bool(), 0.0, -torch.inf)
 
 
@@ -115,8 +114,10 @@ class Int8Attention:
                 if not why_not:
                     out = decode_attention(query, stored.kv, mask, scaling)
                     return out.transpose(1, 2), None
-                _warn_once(type(module).__name__, why_not)
+                warn_once(type(module).__name__, why_not)
             key, value = stored.exact()
+        elif getattr(key, "was_int8", False):
+            warn_once(type(module).__name__, "the cache follows another config object")
         return self._own_function(module)(
             _AsBefore(module, self.own), query, key, value, attention_mask,
             scaling=scaling, dropout=dropout, **kwargs,
@@ -138,19 +139,6 @@ def _why_not(module, query, kv, mask, dropout: float, kwargs: dict) -> str:
         if name not in _HARMLESS and value is not None and value is not False:
             return f"it knows nothing of {name}"
     return supports(query, kv, mask)
-
-
-_warned: set[tuple[str, str]] = set()
-
-
-def _warn_once(module_name: str, why_not: str) -> None:
-    if (module_name, why_not) not in _warned:
-        _warned.add((module_name, why_not))
-        warnings.warn(
-            f"{printable(module_name)}: int8 attention is not used ({why_not}); the cache is "
-            "dequantized for each step instead",
-            stacklevel=3,
-        )
 
 
 class _AsBefore:

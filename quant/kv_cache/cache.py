@@ -14,6 +14,7 @@ A step writes in place, into buffers with room for some tokens more; when they a
 `reserve` allocates in advance.
 """
 
+import warnings
 import weakref
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from qwq_kernels.kv_int8 import (
     dequantize,
     token_nbytes,
 )
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -73,29 +75,67 @@ class Placeholder(torch.Tensor):
     """Passes through a model in place of K or V that lie in an int8 cache.
 
     It has their shape, dtype and device, and carries `stored` to the attention function that reads
-    it. Whatever else computes with it gets an error: its contents are not K or V.
+    it. A model that computes with it before that (DeepSeek widens its keys) gets what it stands
+    for, dequantized, and a warning.
     """
 
     stored: Stored
+    is_key: bool
 
     @staticmethod
-    def of(stored: Stored, new: torch.Tensor) -> "Placeholder":
+    def of(stored: Stored) -> "tuple[Placeholder, Placeholder]":
+        return Placeholder._of(stored, stored.new_k), Placeholder._of(stored, stored.new_v)
+
+    @staticmethod
+    def _of(stored: Stored, new: torch.Tensor) -> "Placeholder":
         shape = (*new.shape[:2], stored.kv.length, new.shape[3])
         placeholder = torch.Tensor._make_subclass(Placeholder, new.new_empty(()).expand(shape))
-        placeholder.stored = stored
+        placeholder.stored, placeholder.is_key = stored, new is stored.new_k
         return placeholder
+
+    def exact(self) -> torch.Tensor:
+        k, v = self.stored.exact()
+        return k if self.is_key else v
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("__get__", "size", "dim", "stride", "__repr__"):
+        if _asks_for_a_fact(function):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        raise UsageError(
-            "Keys that lie in an int8 cache were used without reading the cache.",
-            f"The model calls {getattr(function, '__name__', function)} on them: it belongs to "
-            "another model than the cache, or changes keys after it has cached them.",
-            "Make the cache from this model's config, or choose another attention: "
-            'model.set_attn_implementation("sdpa").',
+        name = getattr(function, "__name__", "something")
+        warn_once("this model", f"it calls {name} on keys or values after it has cached them")
+        args, kwargs = tree_map(
+            lambda x: x.exact() if isinstance(x, Placeholder) else x, (args, kwargs or {})
+        )
+        return function(*args, **kwargs)
+
+
+_FACTS = {
+    "device", "dim", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_floating_point", "is_leaf",
+    "is_meta", "is_nested", "is_quantized", "is_sparse", "layout", "ndim", "requires_grad",
+    "shape", "size", "stride", "__repr__",
+}  # fmt: skip
+"""What can be said of a tensor without looking at its contents."""
+
+
+def _asks_for_a_fact(function) -> bool:
+    name = getattr(function, "__name__", "")
+    if name == "__get__":  # of a property, such as x.shape; x.mT is one as well
+        name = getattr(function.__self__, "__name__", "")
+    return name in _FACTS
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_once(who: str, why_not: str) -> None:
+    """Say that int8 attention is not used by a class of modules, once for each reason."""
+    if (who, why_not) not in _warned:
+        _warned.add((who, why_not))
+        warnings.warn(
+            f"{printable(who)}: int8 attention is not used ({why_not}); the cache is dequantized "
+            "for each step instead",
+            stacklevel=3,
         )
 
 
@@ -177,8 +217,10 @@ class Int8Layer(CacheLayerMixin):
             return key_states, value_states
         stored = Stored(self.kv, key_states, value_states)
         if self._config.attention().startswith(INT8_ATTENTION):
-            return Placeholder.of(stored, key_states), Placeholder.of(stored, value_states)
-        return stored.exact()
+            return Placeholder.of(stored)
+        k, v = stored.exact()
+        k.was_int8 = True  # for an attention function that would have read it
+        return k, v
 
     # --- memory ---
 
@@ -327,7 +369,8 @@ class Int8Cache(Cache):
     beyond. offloading: all but one layer lie in the computer's memory, as in transformers; CUDA.
 
     It can be copied and pickled; what comes out of a pickle is dequantized for each step, even
-    after `enable_int8_attention`. Raises UsageError for settings that cannot be, and for scales of
+    after `enable_int8_attention`. Gradients reach the tokens of the present call, not those that
+    earlier calls stored. Raises UsageError for settings that cannot be, and for scales of
     another model; BadInput for a model that it cannot serve.
     """
 

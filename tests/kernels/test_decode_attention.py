@@ -273,8 +273,33 @@ def test_a_broken_query_breaks_its_own_result_alone(interpreter, broken):
         assert out.isnan().any(-1).flatten().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["booleans", "numbers", "half"])
+def test_what_no_query_sees_may_be_nan_under_a_mask_of_each_query(interpreter, kind, bits):
+    """And breaks those that see it, no others."""
+    _, kernels = interpreter
+    a, kv, largest = make(1, 1, 2, 3, 40, 64, bits=bits)
+    mask = torch.ones(1, 1, 3, 40, dtype=torch.bool)
+    mask[..., 7] = False
+    mask[..., 1, 20] = False
+    for scale in (kv.k_scale, kv.v_scale):
+        scale[..., 7] = torch.nan
+    as_given = mask
+    if kind != "booleans":
+        dtype = torch.float32 if kind == "numbers" else torch.bfloat16
+        as_given = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    config = kernels.Config(16, 4, 2, 1)
+    for n_splits in (1, 2):
+        out = kernels.decode_attention(a, kv, as_given, 0.1, config=config, n_splits=n_splits)
+        expected = reference(a.double(), kv, mask, 0.1, torch.float64)
+        assert (out.double() - expected).abs().max() < TOLERANCE[torch.float32] * largest
+    kv.v_scale[..., -1, 20] = torch.nan  # with 4 bits, of the upper nibbles
+    out = kernels.decode_attention(a, kv, as_given, 0.1, config=config, n_splits=1)
+    assert out.isnan().any(-1).tolist() == [[[True, False, True]] * 2]
+
+
 def test_refuses_head_sizes_it_cannot_unpack():
-    for size, bits in ((32, 4), (272, 8)):
+    for size, bits in ((16, 8), (32, 4), (272, 8)):
         a, kv, _ = make(1, 1, 1, 1, 5, size, bits=bits)
         with pytest.raises(ValueError, match=f"head size {size} with values in {bits} bits"):
             decode_attention(a, kv)
