@@ -40,6 +40,11 @@ def run(*words) -> object:
     return CliRunner().invoke(cli, [str(w) for w in words])
 
 
+def unwrapped(text: str) -> str:
+    """Notes as one line each would be."""
+    return " ".join(text.split())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -264,6 +269,42 @@ def test_a_dry_run_is_arithmetic_for_machines_that_are_not_here(tiny_qwq, four_b
     assert int8["cache_nbytes"] == 100 * 1024 * 6 * 2 * 136
     printed = run("profile", tiny_qwq, *options).stdout
     assert "22 of 22 are planned (dry run)" in printed
+
+
+NO_INT8 = {
+    "qwen3": (
+        {"head_dim": 24},
+        "the model has a head size of 24 in 8 bits: it must be a multiple of 16",
+    ),
+    "mistral": ({"sliding_window": 8}, "none of the model's 3 layers is one of full attention"),
+}
+"""Models without an int8 cache: name -> config, and why."""
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("name", NO_INT8)
+def test_an_int8_cache_that_there_cannot_be_is_left_out(tmp_path, name, dry_run):
+    """No bytes of it are planned, nothing fails, and a note says why."""
+    config, why = NO_INT8[name]
+    make_model(name, tmp_path / "m", **config)
+    options = ("--lengths", "4", "--batches", "1", "--repeats", "1", "--device", "cpu")
+    options += ("--dry-run",) if dry_run else ()
+    done = run("profile", tmp_path / "m", "-o", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    assert f"Note: bf16, int8 KV cache is left out: {why}." in unwrapped(done.stdout)
+    assert done.stdout.count("int8 KV cache") == 1  # in no table
+    if not dry_run:
+        with (tmp_path / "out" / "profile.csv").open() as file:
+            assert {row["model"] for row in csv.DictReader(file)} == {"bf16"}
+
+
+def test_an_int8_cache_is_planned_where_some_layers_are_of_full_attention(tmp_path):
+    options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    make_model("qwen2", tmp_path / "m", **options)
+    options = ("--lengths", "4", "--batches", "1", "--dry-run", "--format", "json")
+    found = json.loads(run("profile", tmp_path / "m", "-o", tmp_path / "out", *options).stdout)
+    assert {row["model"] for row in found["rows"]} == {"bf16", "bf16, int8 KV cache"}
+    assert found["left_out"] == []
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def _notes(profile) -> list[str]:
             f"{n} of {len(profile.rows)} are planned ({why}): weights and cache by arithmetic. A "
             "run takes more than that."
         )
+    notes += [f"{printable(x.variant, 40)} is left out: {x.why}." for x in profile.left_out]
     notes += [
         f"{printable(failed.variant, 40)} could not be run to the end. {failed.error.what} "
         f"{failed.error.why}"

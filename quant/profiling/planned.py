@@ -39,6 +39,7 @@ class Shape:
     n_heads: int  # of keys and values
     head_size: int
     windows: tuple[int | None, ...]  # one for each layer with a cache: tokens it keeps; None: all
+    why_no_int8: str = ""  # where there is no int8 cache for it
 
     def planned(self, case: Case, is_int8: bool) -> Bytes:
         from qwq_kernels.kv_int8 import token_nbytes
@@ -75,7 +76,22 @@ def read_shape(folder: Path) -> Shape:
         for layer in layers
         if isinstance(layer, DynamicLayer)
     )
-    return Shape(sum(map(_loaded_nbytes, tensors)), n_heads, head_size, windows)
+    nbytes = sum(map(_loaded_nbytes, tensors))
+    return Shape(nbytes, n_heads, head_size, windows, _why_no_int8(layers, head_size))
+
+
+def _why_no_int8(layers: list, head_size: int) -> str:
+    """Why Int8Cache would refuse the model, or an empty string."""
+    from qwq_kernels.kv_int8 import check_head_size
+    from transformers.cache_utils import DynamicLayer
+
+    if not any(type(layer) is DynamicLayer for layer in layers):  # as Int8Cache asks
+        return f"none of the model's {len(layers)} layers is one of full attention"
+    try:
+        check_head_size(head_size)
+    except ValueError as error:
+        return f"the model has {error}"
+    return ""
 
 
 def _loaded_nbytes(info: TensorInfo) -> int:

@@ -75,6 +75,14 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A variant that there cannot be."""
+
+    variant: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Profile:
     """What was found, by case and then in the order of the variants."""
 
@@ -82,6 +90,7 @@ class Profile:
     n_repeats: int
     rows: tuple[Row, ...]
     failed: tuple[Failed, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def describe_machine(device: str) -> Machine:
@@ -107,13 +116,21 @@ def _cpu_name() -> str:
 
 def plan_profile(variants: Sequence[Variant], cases: Sequence[Case], machine: Machine) -> Profile:
     """All of it by arithmetic. Raises BadInput or InputMissing for a folder that is no model."""
-    shapes = {variant: read_shape(variant.folder) for variant in variants}
+    shapes, left_out = _shapes(variants)
     rows = [
-        Row(variant.name, case, shapes[variant].planned(case, variant.is_int8), why="dry run")
+        Row(variant.name, case, shape.planned(case, variant.is_int8), why="dry run")
         for case in cases
-        for variant in variants
+        for variant, shape in shapes.items()
     ]
-    return Profile(machine, 0, tuple(rows))
+    return Profile(machine, 0, tuple(rows), left_out=left_out)
+
+
+def _shapes(variants: Sequence[Variant]) -> tuple[dict[Variant, Shape], tuple[LeftOut, ...]]:
+    """Of those that can be, in their order; and the others."""
+    shapes = {variant: read_shape(variant.folder) for variant in variants}
+    why = {x: shape.why_no_int8 for x, shape in shapes.items() if x.is_int8 and shape.why_no_int8}
+    possible = {variant: shape for variant, shape in shapes.items() if variant not in why}
+    return possible, tuple(LeftOut(variant.name, why[variant]) for variant in why)
 
 
 def profile(
@@ -129,12 +146,12 @@ def profile(
     each repetition, done or left out. Raises BadInput or InputMissing for a folder that is no
     model.
     """
-    shapes = {variant: read_shape(variant.folder) for variant in variants}
+    shapes, left_out = _shapes(variants)
     rows: dict[tuple[Case, str], Row] = {}
     failed = []
-    for variant in variants:
+    for variant, shape in shapes.items():
         error = None
-        for row in _smallest_first(variant, shapes[variant], cases):
+        for row in _smallest_first(variant, shape, cases):
             left = _Countdown(n_repeats, advance)
             if error is None:
                 try:
@@ -146,8 +163,9 @@ def profile(
             if error is not None:
                 row = _because(row, "failed")
             rows[row.case, row.variant] = row
-    ordered = tuple(rows[case, variant.name] for case in cases for variant in variants)
-    return Profile(machine, n_repeats, ordered, tuple(failed))
+    advance(len(left_out) * len(cases) * n_repeats)
+    ordered = tuple(rows[case, variant.name] for case in cases for variant in shapes)
+    return Profile(machine, n_repeats, ordered, tuple(failed), left_out)
 
 
 class _Countdown:

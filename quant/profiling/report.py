@@ -59,6 +59,7 @@ def as_json(profile: Profile) -> dict:
         "failed": [
             {"model": f.variant, "what": f.error.what, "why": f.error.why} for f in profile.failed
         ],
+        "left_out": [{"model": x.variant, "why": x.why} for x in profile.left_out],
     }
 
 
