@@ -15,7 +15,8 @@
    its GB are GiB, since 15.0 of them hold 15.4e9 bytes of weights and a cache.
 
 Times are medians of device time; four gigabytes of zeros are written between any two, so that
-nothing is found in a cache. Each result is in benchmarks/kv_cache.csv as soon as it is printed.
+nothing is found in a cache. Each result is in benchmarks/kv_cache.csv as soon as it is printed,
+where rows of parts that --only leaves out stay as they are; toy sizes are written only to a --csv.
 What fails (memory, say) is a row that says so, and the next one follows. The exit code is 1 if a
 check is missed or anything failed; a target that is missed does not change it.
 """
@@ -40,13 +41,12 @@ import torch
 import torch.nn.functional as F
 from qwq_kernels import decode_attention as decode
 from qwq_kernels import kv_int8
+from results import BENCHMARKS, ROOT, write_results
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from quant.kv_cache import Int8Cache, enable_int8_attention
-
-ROOT = Path(__file__).parent.parent
 
 GIB = 2**30
 
@@ -196,14 +196,21 @@ class Machine:
         return total - free
 
 
+PARTS = {"checks": ("check",), "timings": ("timing", "tuning"), "tables": ("table",)}
+"""What --only takes -> `part` of its rows."""
+
+
 class Results:
-    """Rows of the CSV; printed and written as they come: a run cut short leaves its part."""
+    """Rows of the CSV; printed and written as they come: a run cut short leaves its part.
+
+    path: None to write none. only: whose older rows are replaced, a key of PARTS; None: all.
+    """
 
     COLUMNS = ("part", "case", "measure", "value", "unit", "target", "verdict")
 
-    def __init__(self, path: Path, machine: Machine):
+    def __init__(self, path: Path | None, machine: Machine, only: str | None = None):
         self.rows: list[dict] = []
-        self._path = path
+        self._path, self._only = path, only
         self._about = {
             "date": datetime.date.today().isoformat(),
             "machine": machine.name,
@@ -220,15 +227,24 @@ class Results:
         verdict = {True: "ok", False: "MISSED", None: ""}[ok]
         values = (part, case, measure, f"{value:.6g}", unit, target, verdict)
         row = dict(zip(self.COLUMNS, values, strict=True)) | self._about
-        if not self.rows:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
+        if self._path is not None:
+            self._write(self._path, row)
         self.rows.append(row)
         print(f"{case:44} {measure:26}{value:12.5g} {unit:8} {target:12} {verdict}", flush=True)
+
+    def _write(self, path: Path, row: dict) -> None:
+        """The first row of a run takes the place of older ones; the next ones are appended."""
+        if not self.rows:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_results(path, [row], self._replaces)
+            return
+        with path.open("r+", newline="") as file:
+            columns = next(csv.reader(file))  # older rows may have more
+            file.seek(0, 2)
+            csv.DictWriter(file, columns).writerow(row)
+
+    def _replaces(self, older: dict) -> bool:
+        return self._only is None or older["part"] in PARTS[self._only]
 
     def attempt(self, part: str, case: str, function, *arguments) -> None:
         """Call function(*arguments). What it raises becomes a row, and whoever called goes on."""
@@ -715,15 +731,16 @@ def run_tables(machine: Machine, results: Results) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="toy sizes; needs no CUDA")
-    parser.add_argument("--only", choices=["checks", "timings", "tables"], help="one part alone")
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "kv_cache.csv")
+    parser.add_argument("--only", choices=list(PARTS), help="one part alone")
+    parser.add_argument("--csv", type=Path, help="[default: benchmarks/kv_cache.csv; --tiny: none]")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.tiny:
         print("There is no CUDA device here. --tiny runs the same steps at toy sizes on the CPU.")
         return 2
     torch.manual_seed(0)
     machine = Machine(TINY if args.tiny else FULL)
-    results = Results(args.csv, machine)
+    path = args.csv or (None if args.tiny else BENCHMARKS / "kv_cache.csv")
+    results = Results(path, machine, args.only)
     print(machine.name)
     if args.only in (None, "checks"):
         run_checks(machine, results)
@@ -733,7 +750,7 @@ def main() -> int:
                 results.attempt(name.removesuffix("s"), name, run, machine, results)
     n_checks = results.count(part="check", verdict="MISSED")
     print(
-        f"{len(results.rows)} rows in {args.csv} after {machine.elapsed_s:.0f} s; "
+        f"{len(results.rows)} rows{f' in {path}' if path else ''} after {machine.elapsed_s:.0f} s; "
         f"{results.count(verdict='MISSED')} missed, of them {n_checks} checks and "
         f"{results.n_failed} that failed"
     )

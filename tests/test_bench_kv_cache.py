@@ -23,6 +23,7 @@ def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("bench_kv_cache", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "bench_kv_cache", module)  # dataclasses look there
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is run
     spec.loader.exec_module(module)
 
     def run(*arguments) -> int:
@@ -42,6 +43,37 @@ def test_every_step_runs(script, tmp_path):
     assert all(row["verdict"] == "ok" for row in rows if row["part"] == "check")
     assert all(float(row["value"]) > 0 for row in rows)
     assert all(row["torch"] and row["date"] for row in rows)
+
+
+@without_cuda
+def test_one_part_replaces_its_own_rows_alone(script, tmp_path):
+    """A rerun of the tables leaves checks and timings as they were, whatever columns they have."""
+    path = tmp_path / "kv.csv"
+    path.write_text(
+        "part,case,measure,value,driver\n"
+        + "".join(f"{part},old,x,1,550\n" for part in ("check", "timing", "tuning", "table"))
+    )
+    for only, replaced in (("tables", {"table"}), ("timings", {"timing", "tuning"})):
+        with path.open() as file:
+            before = [row for row in csv.DictReader(file) if row["part"] not in replaced]
+        assert script("--tiny", "--only", only, "--csv", path) == 0
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        new = rows[len(before) :]
+        kept = [{name: row[name] for name in before[0]} for row in rows[: len(before)]]
+        assert kept == before and new
+        assert all(row["part"] in replaced and row["case"] != "old" for row in new)
+        assert all(row["date"] and row["unit"] is not None and row["driver"] == "" for row in new)
+
+
+@without_cuda
+def test_toy_sizes_are_written_only_where_it_is_said(script, tmp_path, monkeypatch, capsys):
+    """They would take the place of what a GPU measured."""
+    monkeypatch.setattr(script.module, "ROOT", tmp_path)
+    monkeypatch.setattr(script.module, "BENCHMARKS", tmp_path / "benchmarks", raising=False)
+    assert script("--tiny", "--only", "tables") == 0
+    assert not list(tmp_path.iterdir())
+    assert " rows after " in capsys.readouterr().out
 
 
 @without_cuda
