@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,36 @@ def test_an_int8_cache_is_planned_where_some_layers_are_of_full_attention(tmp_pa
     found = json.loads(run("profile", tmp_path / "m", "-o", tmp_path / "out", *options).stdout)
     assert {row["model"] for row in found["rows"]} == {"bf16", "bf16, int8 KV cache"}
     assert found["left_out"] == []
+
+
+def test_what_libraries_warn_of_is_a_note(tmp_path, capfd):
+    """Heads of 16 channels, which the kernel does not read: each step dequantizes the cache, and
+    the figures of such a run must not pass for int8 attention's."""
+    make_model("qwen3", tmp_path / "m", head_dim=16)
+    options = ("--lengths", "4,8", "--batches", "1", "--repeats", "1", "--device", "cpu")
+    done = run("profile", tmp_path / "m", "-o", tmp_path / "out", *options)
+    assert done.exit_code == 0 and "Warning" not in capfd.readouterr().err
+    words = (
+        "Qwen3Attention: int8 attention is not used (head size 16 with values in 8 bits); the "
+        "cache is dequantized for each step instead"
+    )
+    assert unwrapped(done.stdout).count(f"Note: bf16, int8 KV cache: {words}") == 1
+    with (tmp_path / "out" / "profile.csv").open() as file:
+        noted = {(row["model"], row["task"]): row["note"] for row in csv.DictReader(file)}
+    assert noted.pop(("bf16, int8 KV cache", "generate")) == words
+    assert set(noted.values()) == {""}  # a prompt is encoded by the model's own attention
+
+
+def test_what_was_warned_of_is_told_also_of_what_did_not_fit(tiny_qwq, monkeypatch):
+    def too_much(job, say):
+        for _ in range(3):
+            warnings.warn("a\x1b[2J  long\n story", stacklevel=1)
+        raise MemoryError
+
+    monkeypatch.setattr("quant.profiling.measure._measure", too_much)
+    said = []
+    assert measure(Job(tiny_qwq, False, Case(1, 1, 2), "cpu", 1), lambda *x: said.append(x)) is None
+    assert said == [("note", "a\\x1b[2J long story")]
 
 
 @pytest.mark.parametrize(

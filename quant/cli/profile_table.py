@@ -121,6 +121,8 @@ def _notes(profile) -> list[str]:
             f"{n} of {len(profile.rows)} are planned ({why}): weights and cache by arithmetic. A "
             "run takes more than that."
         )
+    warned = dict.fromkeys((row.variant, text) for row in profile.rows for text in row.notes)
+    notes += [f"{printable(variant, 40)}: {text}" for variant, text in warned]
     notes += [f"{printable(x.variant, 40)} is left out: {x.why}." for x in profile.left_out]
     notes += [
         f"{printable(failed.variant, 40)} could not be run to the end. {failed.error.what} "

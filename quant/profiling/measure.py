@@ -8,7 +8,9 @@ libraries, which take more than a small model, and what loading left behind are 
 import ctypes
 import gc
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +26,9 @@ SEED = 0
 N_WARMING = 4
 """Tokens generated before anything is measured, so that kernels are compiled and libraries there.
 """
+
+NOTE_LENGTH = 400
+"""Characters of a warning that are shown at most."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +55,27 @@ class Measured:
 def measure(job: Job, say) -> Measured | None:
     """Load the model and run the case `n_repeats` times; None if the memory does not suffice.
 
-    Calls say("advance", 1) after each. Raises BadInput or Unavailable for a model that cannot be
-    loaded or run.
+    Calls say("advance", 1) after each, and say("note", text) once for each text of warnings.
+    Raises BadInput or Unavailable for a model that cannot be loaded or run.
     """
-    try:
-        return _measure(job, say)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
+    with warnings_as_notes(say):
+        try:
+            return _measure(job, say)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+
+@contextmanager
+def warnings_as_notes(say) -> Iterator[None]:
+    """What libraries warn of, on a line each, without the place in their source; at the end."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            yield
+        finally:  # what failed was perhaps warned of
+            for text in dict.fromkeys(" ".join(str(x.message).split()) for x in caught):
+                say("note", printable(text, NOTE_LENGTH))
 
 
 def is_out_of_memory(error: Exception) -> bool:

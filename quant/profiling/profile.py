@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -35,13 +35,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant in one case. Without `measured` its bytes are planned, and `why` says why."""
+    """One variant in one case. Without `measured` its bytes are planned, and `why` says why.
+
+    notes: what was warned of while it ran.
+    """
 
     variant: str
     case: Case
     planned: Bytes
     measured: Measured | None = None
     why: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> Bytes:
@@ -152,34 +156,42 @@ def profile(
     for variant, shape in shapes.items():
         error = None
         for row in _smallest_first(variant, shape, cases):
-            left = _Countdown(n_repeats, advance)
+            listener = _Listener(n_repeats, advance)
             if error is None:
                 try:
-                    row = _measured(row, variant, machine, n_repeats, left.count)
+                    row = _measured(row, variant, machine, n_repeats, listener.hear)
                 except QwqQuantError as caught:
                     error = caught
                     failed.append(Failed(variant.name, error))
-            left.finish()
+            listener.finish()
             if error is not None:
                 row = _because(row, "failed")
-            rows[row.case, row.variant] = row
+            rows[row.case, row.variant] = replace(row, notes=tuple(listener.notes))
     advance(len(left_out) * len(cases) * n_repeats)
     ordered = tuple(rows[case, variant.name] for case in cases for variant in shapes)
     return Profile(machine, n_repeats, ordered, tuple(failed), left_out)
 
 
-class _Countdown:
-    """Repetitions of a case; those that were not reached count as done when it is over."""
+class _Listener:
+    """Hears what a case says: its notes, and repetitions, of which those that were not reached
+    count as done when it is over."""
 
     def __init__(self, n: int, advance: Callable[[int], None]):
+        self.notes: list[str] = []
         self._left, self._advance = n, advance
 
-    def count(self, n: int) -> None:
-        self._left -= n
-        self._advance(n)
+    def hear(self, kind: str, what: str | int) -> None:
+        if kind == "note":
+            self.notes.append(what)
+        else:
+            self._count(what)
 
     def finish(self) -> None:
-        self.count(self._left)
+        self._count(self._left)
+
+    def _count(self, n: int) -> None:
+        self._left -= n
+        self._advance(n)
 
 
 def _smallest_first(variant: Variant, shape: Shape, cases: Sequence[Case]) -> list[Row]:
@@ -189,12 +201,12 @@ def _smallest_first(variant: Variant, shape: Shape, cases: Sequence[Case]) -> li
 
 
 def _measured(
-    row: Row, variant: Variant, machine: Machine, n_repeats: int, advance: Callable[[int], None]
+    row: Row, variant: Variant, machine: Machine, n_repeats: int, on_message: Callable
 ) -> Row:
     if row.planned.total > machine.memory_free:
         return _because(row, f"does not fit: {human_bytes(machine.memory_free)} are free")
     job = Job(variant.folder, variant.is_int8, row.case, machine.device, n_repeats)
-    measured = run_isolated(measure, (job,), lambda kind, n: advance(n))
+    measured = run_isolated(measure, (job,), on_message)
     if measured is None:
         return _because(row, "out of memory")
     return Row(row.variant, row.case, row.planned, measured)

@@ -78,6 +78,7 @@ def _numbers(row: Row) -> dict:
         "generated_tokens": case.n_generated,
         "status": "measured" if row.measured else "planned",
         "why": row.why,
+        "note": "; ".join(row.notes),
         "model_nbytes": row.bytes.model_nbytes,
         "cache_nbytes": row.bytes.cache_nbytes,
         "peak_nbytes": row.peak_nbytes if row.measured else None,
