@@ -376,6 +376,22 @@ def test_layer_past_of_qwens_own_quantizer():
         to_layer_past(Int8Cache(config))
 
 
+def test_what_is_no_layer_past_is_refused():
+    """Qwen's own code has None for each layer before a model's first step."""
+    config = Qwen2Config(num_hidden_layers=2)
+    for wrong, words in (
+        (None, "layer_past is a NoneType"),
+        ([None] * 2, "Layer 0 of layer_past is a NoneType"),
+        (torch.zeros(2, 2), "layer_past is a Tensor"),
+    ):
+        with pytest.raises(UsageError, match=words) as error:
+            from_layer_past(wrong, config)
+        assert "((qk, sk, zk), (qv, sv, zv)) for each layer" in error.value.why
+        assert "run first" in error.value.next_step
+    with pytest.raises(BadInput, match="is not \\(\\(qk"):
+        from_layer_past([(None, None)] * 2, config)
+
+
 def test_layer_past_of_four_bit_values():
     ours, _ = filled(value_bits=4)
     _, (qv, sv, zv) = to_layer_past(ours)[0]

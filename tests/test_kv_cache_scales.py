@@ -151,6 +151,37 @@ def test_what_is_no_file_of_scales(tmp_path, tiny_qwq):
         read_scales(tmp_path / "text")
 
 
+ONES = torch.ones(2, 64)
+
+
+def with_one(value: float) -> torch.Tensor:
+    x = ONES.clone()
+    x[1, 3] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("mid", "half", "words"),
+    [
+        (ONES[:, :63], ONES, "k_mid is (2, 63), k_range (2, 64)"),
+        (ONES, ONES[:1], "k_mid is (2, 64), k_range (1, 64)"),
+        (ONES.half(), ONES, "k_mid is torch.float16 (2, 64)"),
+        (ONES, ONES.double(), "k_range is torch.float64 (2, 64)"),
+        (ONES[0], ONES[0], "k_mid is torch.float32 (64,), k_range is torch.float32 (64,)"),
+        (ONES, with_one(0.0), "k_range holds numbers below"),
+        (ONES, with_one(-1.0), "k_range holds numbers below"),
+        (ONES, with_one(torch.nan), "k_range holds numbers that no key has"),
+        (with_one(torch.inf), ONES, "k_mid holds numbers that no key has"),
+    ],
+)
+def test_scales_made_in_python_are_checked_as_files_are(mid, half, words):
+    config = Qwen2Config(num_hidden_layers=1, num_key_value_heads=2)
+    with pytest.raises(BadInput, match="no scales of keys") as error:
+        Int8Cache(config, scales=KvScales("qwen2", {0: ChannelScales(mid, half)}))
+    assert f"Layer 0: {words}" in error.value.why
+    assert "kv-calibrate" in error.value.next_step
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

@@ -6,7 +6,8 @@ import torch
 from qwq_kernels.kv_int8 import ChannelScales, dequantize
 from qwq_kernels.qwen_kv import Quantized, dequantize_cache_torch, quantize_cache_v
 
-from quant.errors import BadInput
+from quant.display import printable
+from quant.errors import BadInput, UsageError
 from quant.kv_cache.cache import Int8Cache
 
 LayerPast = tuple[Quantized, Quantized]
@@ -48,8 +49,10 @@ def from_layer_past(
 ) -> Int8Cache:
     """An Int8Cache(config, **options) with those tokens, rounded once more to its own scales.
 
-    dtype: the model's, if the tuples' scales have another. Raises BadInput for other tuples.
+    dtype: the model's, if the tuples' scales have another. Raises BadInput for other tuples,
+    UsageError for what are none.
     """
+    _check_is_sequence(layer_past, "layer_past")
     cache = Int8Cache(config, **options)
     if len(layer_past) != len(cache.layers):
         raise BadInput(
@@ -58,6 +61,7 @@ def from_layer_past(
             "Give the config of the model that they came from.",
         )
     for i, layer in enumerate(layer_past):
+        _check_is_sequence(layer, f"Layer {i} of layer_past")
         if len(layer) != 2 or not all(map(_is_quantized, layer)):
             raise BadInput(
                 f"Layer {i} of layer_past is not ((qk, sk, zk), (qv, sv, zv)).",
@@ -70,8 +74,20 @@ def from_layer_past(
     return cache
 
 
+def _check_is_sequence(x, name: str) -> None:
+    """Raise UsageError for None, which a model has for each layer before its first step, etc."""
+    if not isinstance(x, Sequence):
+        raise UsageError(
+            f"{name} is a {printable(type(x).__name__)}.",
+            "Expected is a list with ((qk, sk, zk), (qv, sv, zv)) for each layer.",
+            "Let the model that makes them run first, with use_cache_quantization.",
+        )
+
+
 def _is_quantized(part) -> bool:
     """Whether it is (q, scale, zero_point) of the same tokens."""
+    if not isinstance(part, Sequence):
+        return False
     if len(part) != 3 or not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in part):
         return False
     q, scale, zero_point = part

@@ -177,7 +177,9 @@ def read_scales(path: Path) -> KvScales:
         match = _NAME.fullmatch(name)
         if not match:
             raise _bad_file(path, f"It holds a tensor named {printable(name)}")
-        _check_tensor(path, name, tensor)
+        why = _why_no_scale(match[2], tensor)
+        if why:
+            raise _bad_file(path, f"{name} {why}")
         parts.setdefault(int(match[1]), {})[match[2]] = tensor
     for i, pair in parts.items():
         if pair.keys() != {"mid", "range"} or pair["mid"].shape != pair["range"].shape:
@@ -196,17 +198,37 @@ def _bad_file(path: Path, why: str) -> BadInput:
     )
 
 
-def _check_tensor(path: Path, name: str, x: torch.Tensor) -> None:
+def _why_no_scale(kind: str, x: torch.Tensor) -> str:
+    """Why x cannot be the "mid" or "range" of a layer, or an empty string."""
     if x.dtype != torch.float32 or x.ndim != 2 or not x.numel():
-        raise _bad_file(path, f"{name} is {x.dtype} {tuple(x.shape)}")
+        return f"is {x.dtype} {tuple(x.shape)}"
     if not torch.isfinite(x).all() or x.abs().max() > MAX_MAGNITUDE:
-        raise _bad_file(path, f"{name} holds numbers that no key has")
-    if name.endswith("k_range") and not (x >= LEAST_RANGE / 2).all():
-        raise _bad_file(path, f"{name} holds numbers below {LEAST_RANGE / 2:.2g}")
+        return "holds numbers that no key has"
+    if kind == "range" and not (x >= LEAST_RANGE / 2).all():
+        return f"holds numbers below {LEAST_RANGE / 2:.2g}"
+    return ""
+
+
+def _check_contents(scales: KvScales) -> None:
+    """Raise BadInput, as for a file, for scales that were made in Python and cannot be any."""
+    for i, channels in scales.layers.items():
+        mid, half = channels.mid, channels.range
+        parts = {"k_mid": _why_no_scale("mid", mid), "k_range": _why_no_scale("range", half)}
+        why = ", ".join(f"{name} {part}" for name, part in parts.items() if part)
+        if not why and mid.shape != half.shape:
+            why = f"k_mid is {tuple(mid.shape)}, k_range {tuple(half.shape)}"
+        if why:
+            raise BadInput(
+                "These are no scales of keys.",
+                f"Layer {i}: {why}.",
+                "Make them: qwq-quant kv-calibrate MODEL -o kv-scales.safetensors",
+            )
 
 
 def check_scales(scales: KvScales, text_config, full: Iterable[int]) -> None:
-    """Raise UsageError unless `scales` are those of this model's full-attention layers."""
+    """Raise UsageError unless `scales` are those of this model's full-attention layers, BadInput
+    if they are none at all."""
+    _check_contents(scales)
     full = list(full)
     heads = getattr(text_config, "num_key_value_heads", None)
     why = ""
