@@ -17,6 +17,9 @@ import torch.nn.functional as F
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """qv uint8 (batch, heads, tokens, head_size); scale and zero_point (batch, heads, tokens, 1)."""
 
+MOST = torch.finfo(torch.bfloat16).max
+"""The largest number that scales may be or give: float32 goes 0.4 % further."""
+
 
 def quantize_cache_v(
     fdata: torch.Tensor, bits: int, qmax: torch.Tensor | int, qmin: torch.Tensor | int
@@ -35,10 +38,16 @@ def quantize_cache_v(
     flat = F.pad(x.flatten(2), (0, 1))  # (batch, heads, tokens * head_size + 1), the last one 0
     largest = flat.amax(-1)[..., None, None]
     smallest = flat.amin(-1)[..., None, None]
-    scale = ((largest - smallest) / (high - low)).to(fdata.dtype)  # as it will be read
+    span, steps = largest - smallest, high - low
+    # Finite ends may be further apart than float32 goes. Only there is each divided first: else the
+    # last bit would be another.
+    wide = torch.isinf(span) & torch.isfinite(largest) & torch.isfinite(smallest)
+    scale = torch.where(wide, (largest / steps - smallest / steps).clamp(max=MOST), span / steps)
+    scale = scale.to(fdata.dtype)  # as it will be read
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero_point = torch.round(low - smallest / scale.float()).clamp(low, high)
-    qv = torch.round(x / scale.float()) + zero_point
+    last = torch.where(wide, torch.floor(MOST / scale.float()), torch.inf)  # finite when read
+    qv = torch.round(x / scale.float()).clamp(-last, last) + zero_point
     n_tokens = fdata.shape[2]
     return (
         qv.clamp(low, high).to(torch.uint8),

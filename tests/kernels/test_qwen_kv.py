@@ -45,6 +45,39 @@ def test_finite_where_max_equals_min(constant):
     assert (out - x).abs().max() <= abs(constant) * 1e-6
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4, 1])
+@pytest.mark.parametrize("ends", [(-3e38, 3e38), (-LARGEST, LARGEST), (-1e38, 3.38e38)])
+def test_finite_where_max_minus_min_is_not(dtype, bits, ends):
+    x = torch.linspace(0, 1, 64).double() * (ends[1] / 2 - ends[0] / 2) * 2 + ends[0]
+    most = min(torch.finfo(dtype).max, LARGEST)
+    x = x.clamp(-most, most).to(dtype).reshape(1, 1, 4, 16)
+    qv, scale, zero = quantize_cache_v(x, bits, 2**bits - 1, 0)
+    out = dequantize_cache_torch(qv, scale, zero)
+    assert scale.isfinite().all() and out.isfinite().all()
+    error = (out.double() - x.double()).abs()
+    assert (error <= scale.double() * 1.05 + x.double().abs() * 2**-8).all()
+
+
+def test_only_what_overflowed_is_computed_otherwise():
+    """To the last bit, also next to heads whose ends are too far apart, and with infinity in it."""
+    x = torch.randn(1, 400, 5, 16, generator=torch.Generator().manual_seed(3))
+    x *= torch.logspace(-30, 37, 400)[:, None, None]
+    x[0, -1, 0, 0] = torch.inf
+    beside = torch.full_like(x[:, :1], 3e38)
+    beside[..., 0] = -3e38
+    _, scale, zero = quantize_cache_v(torch.cat([x, beside], dim=1), 8, 255, 0)
+    largest = x.flatten(2).amax(-1).clamp_min(0)
+    smallest = x.flatten(2).amin(-1).clamp_max(0)
+    expected = (largest - smallest) / 255
+    assert torch.equal(scale[:, :400, 0, 0], expected) and expected[0, -1] == torch.inf
+    assert torch.equal(zero[:, :400, 0, 0], torch.round(-smallest / expected))
+    assert scale[:, 400].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("bits", "qmax", "qmin"), [(8, 256, 0), (4, 255, 0), (16, 9, 0), (8, 3, 3)]
 )
