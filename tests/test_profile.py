@@ -316,8 +316,8 @@ def test_what_libraries_warn_of_is_a_note(tmp_path, capfd):
     done = run("profile", tmp_path / "m", "-o", tmp_path / "out", *options)
     assert done.exit_code == 0 and "Warning" not in capfd.readouterr().err
     words = (
-        "Qwen3Attention: int8 attention is not used (head size 16 with values in 8 bits); the "
-        "cache is dequantized for each step instead"
+        "Qwen3Attention: int8 attention is not used (head size 16 with values in 8 bits; 32 to 256 "
+        "are possible); the cache is dequantized for each step instead"
     )
     assert unwrapped(done.stdout).count(f"Note: bf16, int8 KV cache: {words}") == 1
     with (tmp_path / "out" / "profile.csv").open() as file:
