@@ -162,7 +162,7 @@ CORNERS = {  # for CORNER_SIZES besides
 CORNER_SIZES = (64, 80, 128, 256)
 
 QUICK = {  # what the tests compile: a variant -> head sizes
-    "decode": (48, 80, 128, 144),
+    "decode": (48, 80, 128),
     "decode, padding": (32, 64, 112, 128, 256),
     "decode, 5 drafts, padding": (64,),
     "decode, mask of each query": (160,),

@@ -282,8 +282,9 @@ NO_INT8 = {
 """Models without an int8 cache: name -> config, and why."""
 
 
-@pytest.mark.parametrize("dry_run", [True, False])
-@pytest.mark.parametrize("name", NO_INT8)
+@pytest.mark.parametrize(
+    ("name", "dry_run"), [("qwen3", True), ("mistral", True), ("mistral", False)]
+)
 def test_an_int8_cache_that_there_cannot_be_is_left_out(tmp_path, name, dry_run):
     """No bytes of it are planned, nothing fails, and a note says why."""
     config, why = NO_INT8[name]
@@ -312,7 +313,7 @@ def test_what_libraries_warn_of_is_a_note(tmp_path, capfd):
     """Heads of 16 channels, which the kernel does not read: each step dequantizes the cache, and
     the figures of such a run must not pass for int8 attention's."""
     make_model("qwen3", tmp_path / "m", head_dim=16)
-    options = ("--lengths", "4,8", "--batches", "1", "--repeats", "1", "--device", "cpu")
+    options = ("--lengths", "4", "--batches", "1", "--repeats", "1", "--device", "cpu")
     done = run("profile", tmp_path / "m", "-o", tmp_path / "out", *options)
     assert done.exit_code == 0 and "Warning" not in capfd.readouterr().err
     words = (
