@@ -14,6 +14,8 @@ from transformers import (
     AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -263,6 +265,23 @@ def test_keys_that_are_widened_behind_the_cache():
         logits = logits_of(model, tokens, cache, (30, 1, 4))
     assert torch.equal(logits, expected)
     assert [layer.get_seq_length() for layer in cache.layers] == [35, 35, 35]
+
+
+def test_values_that_are_halved_behind_the_cache():
+    """DiffLlama's keys are as they were cached, its values are not."""
+    cache_module._warned.clear()
+    torch.manual_seed(0)
+    config = DiffLlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    model = DiffLlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 96, (1, 40))
+    expected = logits_of(model, tokens, Int8Cache(config), (30, 1, 4))
+    enable_int8_attention(model)
+    with pytest.warns(UserWarning, match="it calls chunk on keys or values"):
+        logits = logits_of(model, tokens, Int8Cache(model.config), (30, 1, 4))
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("how", ["mT", "data", "real"])

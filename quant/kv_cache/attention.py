@@ -106,7 +106,7 @@ class Int8Attention:
         self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """query (batch, heads, n, head_size) -> (batch, n, heads, head_size), and no weights."""
-        if isinstance(key, Placeholder):
+        if _are_of_one_cache(key, value):
             stored = key.stored
             if query.shape[2] <= MAX_QUERIES:
                 mask = getattr(attention_mask, "as_numbers", attention_mask)
@@ -116,6 +116,8 @@ class Int8Attention:
                     return out.transpose(1, 2), None
                 warn_once(type(module).__name__, why_not)
             key, value = stored.exact()
+        elif isinstance(key, Placeholder) or isinstance(value, Placeholder):
+            key, value = (x.exact() if isinstance(x, Placeholder) else x for x in (key, value))
         elif getattr(key, "was_int8", False):
             warn_once(type(module).__name__, "the cache follows another config object")
         return self._own_function(module)(
@@ -127,6 +129,13 @@ class Int8Attention:
         if self.own == "eager":
             return sys.modules[type(module).__module__].eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS[self.own]
+
+
+def _are_of_one_cache(key, value) -> bool:
+    """Whether they stand for K and V as they were cached: DiffLlama attends with the same keys to
+    one half of the values, then to the other."""
+    both = isinstance(key, Placeholder) and isinstance(value, Placeholder)
+    return both and key.stored is value.stored and key.is_key and not value.is_key
 
 
 def _why_not(module, query, kv, mask, dropout: float, kwargs: dict) -> str:
