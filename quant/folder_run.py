@@ -201,7 +201,7 @@ def folder_run(
         code, unit_name, n_units = (*code, *RUNNING), "steps", None
         hashed |= {"config.json": checkpoint.config, "held-out text": held_out}
         hashed["calibration text"] = tokens
-        facts = {**facts, **manifest.library_versions(), "calibration": _described(tokens)}
+        facts = {**facts, **manifest.package_versions(), "calibration": _described(tokens)}
         facts |= {"model": checkpoint.public_name, "device": device_name(torch.device(device))}
     decides = fingerprint(code=code, hashed=hashed, **facts)
     resume = replace(resume or Resume(), command=command)

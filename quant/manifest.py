@@ -54,7 +54,7 @@ class HashedFile(SourceFile):
     sha256: str
 
 
-def library_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what can change the result, without importing any of it."""
     return {name: metadata.version(name) for name in LIBRARIES if _installed(name)}
 
@@ -119,7 +119,7 @@ def environment() -> dict:
     return {
         "qwq_quant": __version__,
         "python": platform.python_version(),
-        "libraries": library_versions(),
+        "libraries": package_versions(),
         "platform": platform.platform(terse=True),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -6,7 +6,8 @@
 llama.cpp is convert_hf_to_gguf.py, and for K and I types llama-quantize after it (its library's
 llama_model_quantize, from a BF16 file, with a thread a core). The two sides run in turn, each step
 in a process of its own, on the same generated checkpoint (Qwen2.5-0.5B's shapes, four shards),
-after one run of each that does not count. The ratio is taken pair by pair. Peak memory is the
+after one run of each that does not count; each begins with nothing left to be written to the disk,
+and may keep its compiled Python modules. The ratio is taken pair by pair. Peak memory is the
 largest resident set of any process. `first_run_seconds` is ours with nothing compiled yet. Results
 go to benchmarks/convert.csv, in place of older ones of the same model and type.
 """

@@ -421,7 +421,7 @@ def main() -> None:
     from quant import journal, manifest
     from quant.cli import calibrating, cli
 
-    remember(manifest, "library_versions")  # slow, and the same in every child
+    remember(manifest, "package_versions")  # slow, and the same in every child
     journal.FLUSH_NBYTES, journal.FLUSH_SECONDS = 1 << 17, 1e9
     journal.ThreadPoolExecutor = AtOnce
     for job in request["jobs"]:

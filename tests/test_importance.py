@@ -318,6 +318,7 @@ BAD_LEGACY = {
     "NaN": (legacy_bytes([(Q, 3, [1.0, NAN, NAN])]), f"2 of 3 values of {Q}.*\n.*2 NaN"),
     "negative": (legacy_bytes([(Q, 3, [1.0, -1.0, 2.0])]), f"1 of 3 values of {Q}.*\n.*1 negative"),
     "infinite": (legacy_bytes([(Q, 3, [1.0, INF])]), f"1 of 2 values of {Q}.*\n.*1 infinite"),
+    "too large": (legacy_bytes([(Q, 3, [1.0, 4e15])]), f"1 of 2 values of {Q}.*\n.*1 more than 1e"),
     "overflowing": (legacy_bytes([(Q, 1, [1.0, 1e20])]), f"1 of 2 values of {Q}.*\n.*1 more than"),
     "JSON": (b'{"model": 1}', "JSON"),
     "a web page": (b"<!DOCTYPE html><html>", "web page"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,19 @@ def test_tables_of_large_models_with_long_names_fit(capsys):
     assert max(map(len, printed.splitlines())) <= 80 and "\x1b" not in printed
     assert "1,200 ± 40" in printed
     assert "> 69.1 GB" in printed and "900.0 MB" in printed
+
+
+def test_a_note_of_many_rows_is_printed_once_for_each_variant(capsys):
+    from quant.cli.profile_table import print_profile
+
+    found = a_profile(["bf16", "int8"])
+    assert len(found.rows) > 4
+    rows = tuple(replace(row, notes=("softly warned", "twice")) for row in found.rows)
+    print_profile(replace(found, rows=rows))
+    printed = unwrapped(capsys.readouterr().out)
+    for text in ("softly warned", "twice"):
+        assert printed.count(f"Note: bf16: {text}") == printed.count(f"Note: int8: {text}") == 1
+        assert printed.count(text) == 2
 
 
 def test_the_figure_marks_what_is_planned():

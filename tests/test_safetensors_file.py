@@ -289,6 +289,7 @@ def test_json_errors_say_where(tmp_path):
         b"\xef\xbb\xbf{}": "BOM",
         b'{"a": {"b": 1, "b": 2}}': "'b' is there twice",
         b'{"a": "\\ud800"}': "half of a surrogate pair",
+        b'{"a": %s}' % (b"1" * 5000): "more than 4300 digits",
     }.items():
         with pytest.raises(BadInput) as caught:
             parse_json(raw, path)

@@ -12,7 +12,7 @@ from quant.calibration.tokens import Tokens
 from quant.durable import PendingFile
 from quant.fingerprint import fingerprint
 from quant.journal import Journal, Resume
-from quant.manifest import SourceFile, library_versions
+from quant.manifest import SourceFile, package_versions
 from quant.source import check_unchanged, source_files
 
 CODE = (
@@ -72,7 +72,7 @@ def what_decides(model: StreamedModel, tokens: Tokens | None, **facts: object) -
         hashed |= {"calibration tokens": tokens.ids, "sha256 of the text": tokens.text_sha256}
     facts |= {"model": checkpoint.public_name, "revision": checkpoint.revision}
     facts |= {"device": device_name(model.device), "computed in": str(model.dtype)}
-    return fingerprint(code=CODE, hashed=hashed, **facts, **library_versions())
+    return fingerprint(code=CODE, hashed=hashed, **facts, **package_versions())
 
 
 def device_name(device: torch.device) -> str:

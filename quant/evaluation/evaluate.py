@@ -49,7 +49,7 @@ from quant.evaluation.measuring import (
 )
 from quant.fingerprint import fingerprint
 from quant.journal import Journal, Resume, Stopped
-from quant.manifest import library_versions
+from quant.manifest import package_versions
 
 COPIED_NBYTES = 8 << 20
 
@@ -141,7 +141,7 @@ class Evaluation:
             "failed": [
                 {"name": f.name, "what": f.error.what, "why": f.error.why} for f in self.failed
             ],
-            "versions": library_versions(),
+            "versions": package_versions(),
         }
 
 
@@ -262,7 +262,7 @@ def _fingerprint(reference: Model, wishes: Wishes) -> dict:
         model=str(reference.path.resolve()),
         text=wishes.texts.name,
         device=wishes.device,
-        **library_versions(),
+        **package_versions(),
         **facts,
     )
 

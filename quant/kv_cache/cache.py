@@ -58,17 +58,26 @@ class Stored:
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V (batch, heads, length, head_size): the past dequantized, the newest as they are."""
-        kv, past = self.kv, self.kv.length - self.new_k.shape[2]
-        both = []
-        for q, scale, channels, new in (
-            (kv.k, kv.k_scale, kv.channels, self.new_k),
-            (kv.v, kv.v_scale, None, self.new_v),
-        ):
-            x = new.new_empty(*new.shape[:2], kv.length, new.shape[3])
-            dequantize(q[:, :, :past], scale[..., :past], x.dtype, channels, x[:, :, :past])
-            x[:, :, past:] = new
-            both.append(x)
-        return both[0], both[1]
+        return self.exact_k(), self.exact_v()
+
+    def exact_k(self) -> torch.Tensor:
+        return self._exact(self.kv.k, self.kv.k_scale, self.kv.channels, self.new_k)
+
+    def exact_v(self) -> torch.Tensor:
+        return self._exact(self.kv.v, self.kv.v_scale, None, self.new_v)
+
+    def _exact(
+        self,
+        q: torch.Tensor,
+        scale: torch.Tensor,
+        channels: ChannelScales | None,
+        new: torch.Tensor,
+    ) -> torch.Tensor:
+        past = self.kv.length - new.shape[2]
+        x = new.new_empty(*new.shape[:2], self.kv.length, new.shape[3])
+        dequantize(q[:, :, :past], scale[..., :past], x.dtype, channels, x[:, :, :past])
+        x[:, :, past:] = new
+        return x
 
 
 class Placeholder(torch.Tensor):
@@ -94,8 +103,7 @@ class Placeholder(torch.Tensor):
         return placeholder
 
     def exact(self) -> torch.Tensor:
-        k, v = self.stored.exact()
-        return k if self.is_key else v
+        return self.stored.exact_k() if self.is_key else self.stored.exact_v()
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

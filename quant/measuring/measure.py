@@ -15,7 +15,7 @@ from quant.display import printable
 from quant.errors import BadInput
 from quant.formats.nf4 import Bnb4bit
 from quant.groups import Group, find_groups
-from quant.manifest import library_versions
+from quant.manifest import package_versions
 from quant.measuring.gradient import SEED, measure_gradient
 from quant.measuring.kld import measure_kld, n_sweeps
 from quant.measuring.local_errors import LocalErrors, Ratio, Rounding, measure_local_errors
@@ -78,7 +78,7 @@ def measure(
         model=model_facts(model.checkpoint),
         calibration={} if ids is None else calibration_facts(tokens),
         quantization=asdict(format),
-        versions=library_versions(),
+        versions=package_versions(),
         modules={
             name: MeasuredModule(tensors[f"{name}.weight"].shape, _of_module(local, name))
             for group in groups

@@ -6,7 +6,7 @@ from pathlib import Path
 from quant import __version__
 from quant.display import printable
 from quant.errors import CannotCreate
-from quant.manifest import library_versions
+from quant.manifest import package_versions
 from quant.output_file import check_output_file
 from quant.profiling.figure import memory_and_speed
 from quant.profiling.profile import Profile, Row
@@ -91,7 +91,7 @@ def _numbers(row: Row) -> dict:
 
 def _about(profile: Profile) -> dict:
     """The machine, the versions and the day, as they stand in every line of the CSV."""
-    versions = library_versions()
+    versions = package_versions()
     return {
         "device": profile.machine.device,
         "machine": profile.machine.name,

@@ -26,7 +26,7 @@ from quant.evaluation.runners.talker import Talker
 from quant.evaluation.streamed import final_states
 from quant.fingerprint import fingerprint
 from quant.journal import Journal, Resume
-from quant.manifest import library_versions
+from quant.manifest import package_versions
 
 LOGITS_NBYTES = 1 << 30
 """Logits of as many windows as fit are computed in one pass over the output matrix."""
@@ -88,7 +88,7 @@ class StreamedRunner(Talker):
                 "tensors": read_tensors(self._folder),
             },
             device=device_name(model.device),
-            **library_versions(),
+            **package_versions(),
         )
         name = f"layers-{xxh3_64_hexdigest(os.fsencode(self._folder.resolve()))}"
         with Journal(self._work / name, decides, Resume(), "layers", model.n_layers) as journal:
